@@ -1,0 +1,1 @@
+"""From a graph node to a kernel: op schemas, eager kernels, and the Inductor lowerings."""
