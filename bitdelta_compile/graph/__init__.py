@@ -1,0 +1,1 @@
+"""graph + Delta -> rewritten graph."""
