@@ -21,3 +21,7 @@ class UnsupportedError(BitDeltaError):
 
 class CalibrationError(BitDeltaError):
     """Calibration data is missing, empty, or gave values that cannot be fitted."""
+
+
+class CheckpointError(BitDeltaError):
+    """A model's checkpoint (folder, hub id or module) cannot be read."""
