@@ -1,0 +1,408 @@
+// Device functions of the CPU delta op: output tiles of
+//
+//     y[m, n] = sum_p row_scale[p, n] * sum_k sign[p, n, k] * col_scale[p, k] * x[m, k]
+//
+// from canonical sign words (kernels/layout.py: int32 [P, N, W], bit j of word w is feature 32 w + j, 1 is +1 and 0 is -1).
+//
+// Method. A group of G consecutive features (4; 3 under AVX2) has 2^G signed sums, which fit one register. They are tabulated once
+// per row of x, and from then on G weights cost one in-register permute and one fp32 add. Bits of 4 words by `lanes` outputs are
+// transposed so that a lane is an output; any number of rows then looks up the same bits. No unpacked weights, no multiplications
+// by +-1. All arithmetic is fp32, whatever T is. x holding inf or NaN gives what the dense product gives.
+//
+// Order of arithmetic. y[m, n] is a chain over blocks of kBlockK features, then planes, of fma(row_scale, sum over the block). It
+// depends on nothing else: decode_tile and gemm_tile, any split over n or rows, any company of other rows give the same bits.
+//
+// Use, decode (few rows, at most kDecodeRows, each with its own tenant):
+//     float* table[m] -> table_floats(K) floats per row and operand (operand: one, or one per plane where col_scale is given)
+//     prepare(x + m * K, 1, col_scale_or_null, planes, K, table[m]);                             // once per row, any thread
+//     for every range [n0, n1) of decode_tile_n(N, threads), for every group of rows with one tenant:
+//         decode_tile(delta, tables_of_the_group, count, n0, n1, y, ldy);    // y[i * ldy + n - n0], overwritten
+// Use, many rows (no preparation, no scratch):
+//     for every block of at most gemm_tile_m() rows of one tenant, for every range [n0, n1) of gemm_tile_n(N):
+//         gemm_tile(delta, col_scale_or_null, x, K, 1, row_index_or_null, count, n0, n1, y, ldy);
+// where Delta delta{signs, row_scale, planes, N, K, has_col_scale} points at one slot of the bank.
+//
+// The including code may define BITDELTA_AVX512 or BITDELTA_AVX2 (as 1), or BITDELTA_PORTABLE; otherwise the compiler's target decides.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if !defined(BITDELTA_AVX512) && !defined(BITDELTA_AVX2) && !defined(BITDELTA_PORTABLE)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define BITDELTA_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__)
+#define BITDELTA_AVX2 1
+#else
+#define BITDELTA_PORTABLE 1
+#endif
+#endif
+
+// The instruction set is part of every symbol, so that copies built for different machines never stand in for each other.
+#if defined(BITDELTA_AVX512)
+#include <immintrin.h>
+#define BITDELTA_ISA avx512
+#elif defined(BITDELTA_AVX2)
+#include <immintrin.h>
+#define BITDELTA_ISA avx2
+#else
+#define BITDELTA_ISA portable
+#endif
+
+#if defined(__GNUC__)
+#define BITDELTA_INLINE inline __attribute__((always_inline))
+#define BITDELTA_PREFETCH(address) __builtin_prefetch(reinterpret_cast<const void*>(address))
+#else
+#define BITDELTA_INLINE inline
+#define BITDELTA_PREFETCH(address) ((void)(address))
+#endif
+
+namespace bitdelta {
+inline namespace BITDELTA_ISA {
+
+// ---- the instruction sets: `lanes` outputs side by side, groups of `bits` features -----------------------------------------------
+
+#if defined(BITDELTA_AVX512)
+struct Lanes {
+  using Float = __m512;
+  using Words = __m512i;
+  static constexpr int64_t lanes = 16, bits = 4, blocks = 4, rows = 4;
+
+  static BITDELTA_INLINE Float zero() { return _mm512_setzero_ps(); }
+  static BITDELTA_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
+  static BITDELTA_INLINE void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
+  static BITDELTA_INLINE Words load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static BITDELTA_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static BITDELTA_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static BITDELTA_INLINE Words next_group(Words v) { return _mm512_srli_epi32(v, bits); }
+  static BITDELTA_INLINE Float lookup(Float table, Words v) { return _mm512_permutexvar_ps(v, table); }
+
+  static BITDELTA_INLINE __m512i quarter_rows(const int32_t* p, int64_t stride) {
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    v = _mm512_mask_broadcast_i32x4(v, 0x00f0, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 4 * stride)));
+    v = _mm512_mask_broadcast_i32x4(v, 0x0f00, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * stride)));
+    return _mm512_mask_broadcast_i32x4(v, 0xf000, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 12 * stride)));
+  }
+  // Four words of `lanes` rows, `stride` words apart, to out[word * out_stride + row].
+  static BITDELTA_INLINE void transpose(const int32_t* p, int64_t stride, uint32_t* out, int64_t out_stride) {
+    const __m512i a = quarter_rows(p, stride), b = quarter_rows(p + stride, stride);
+    const __m512i c = quarter_rows(p + 2 * stride, stride), d = quarter_rows(p + 3 * stride, stride);
+    const __m512i ab0 = _mm512_unpacklo_epi32(a, b), ab1 = _mm512_unpackhi_epi32(a, b);
+    const __m512i cd0 = _mm512_unpacklo_epi32(c, d), cd1 = _mm512_unpackhi_epi32(c, d);
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(ab0, cd0));
+    _mm512_storeu_si512(out + out_stride, _mm512_unpackhi_epi64(ab0, cd0));
+    _mm512_storeu_si512(out + 2 * out_stride, _mm512_unpacklo_epi64(ab1, cd1));
+    _mm512_storeu_si512(out + 3 * out_stride, _mm512_unpackhi_epi64(ab1, cd1));
+  }
+};
+#elif defined(BITDELTA_AVX2)
+struct Lanes {
+  using Float = __m256;
+  using Words = __m256i;
+  static constexpr int64_t lanes = 8, bits = 3, blocks = 4, rows = 2;
+
+  static BITDELTA_INLINE Float zero() { return _mm256_setzero_ps(); }
+  static BITDELTA_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
+  static BITDELTA_INLINE void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
+  static BITDELTA_INLINE Words load_words(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static BITDELTA_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static BITDELTA_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static BITDELTA_INLINE Words next_group(Words v) { return _mm256_srli_epi32(v, bits); }
+  static BITDELTA_INLINE Float lookup(Float table, Words v) { return _mm256_permutevar8x32_ps(table, v); }
+
+  static BITDELTA_INLINE __m256i half_rows(const int32_t* p, int64_t stride) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 4 * stride)), 1);
+  }
+  static BITDELTA_INLINE void store_words(uint32_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  // Four words of `lanes` rows, `stride` words apart, to out[word * out_stride + row].
+  static BITDELTA_INLINE void transpose(const int32_t* p, int64_t stride, uint32_t* out, int64_t out_stride) {
+    const __m256i a = half_rows(p, stride), b = half_rows(p + stride, stride);
+    const __m256i c = half_rows(p + 2 * stride, stride), d = half_rows(p + 3 * stride, stride);
+    const __m256i ab0 = _mm256_unpacklo_epi32(a, b), ab1 = _mm256_unpackhi_epi32(a, b);
+    const __m256i cd0 = _mm256_unpacklo_epi32(c, d), cd1 = _mm256_unpackhi_epi32(c, d);
+    store_words(out, _mm256_unpacklo_epi64(ab0, cd0));
+    store_words(out + out_stride, _mm256_unpackhi_epi64(ab0, cd0));
+    store_words(out + 2 * out_stride, _mm256_unpacklo_epi64(ab1, cd1));
+    store_words(out + 3 * out_stride, _mm256_unpackhi_epi64(ab1, cd1));
+  }
+};
+#else
+struct Lanes {
+  static constexpr int64_t lanes = 4, bits = 4, blocks = 2, rows = 1;
+  struct Float { float at[lanes]; };
+  struct Words { uint32_t at[lanes]; };
+
+  static BITDELTA_INLINE Float zero() { return Float{}; }
+  static BITDELTA_INLINE Float load(const float* p) { Float v; std::memcpy(v.at, p, sizeof v); return v; }
+  static BITDELTA_INLINE void store(float* p, Float v) { std::memcpy(p, v.at, sizeof v); }
+  static BITDELTA_INLINE Words load_words(const uint32_t* p) { Words v; std::memcpy(v.at, p, sizeof v); return v; }
+  static BITDELTA_INLINE Float add(Float a, Float b) { for (int64_t i = 0; i < lanes; ++i) a.at[i] += b.at[i]; return a; }
+  static BITDELTA_INLINE Float fma(Float a, Float b, Float c) { for (int64_t i = 0; i < lanes; ++i) c.at[i] += a.at[i] * b.at[i]; return c; }
+  static BITDELTA_INLINE Words next_group(Words v) { for (int64_t i = 0; i < lanes; ++i) v.at[i] >>= bits; return v; }
+  static BITDELTA_INLINE Float lookup(const float* table, Words v) {
+    Float out;
+    for (int64_t i = 0; i < lanes; ++i) out.at[i] = table[v.at[i] & 15];
+    return out;
+  }
+  // Four words of `lanes` rows, `stride` words apart, to out[word * out_stride + row].
+  static BITDELTA_INLINE void transpose(const int32_t* p, int64_t stride, uint32_t* out, int64_t out_stride) {
+    for (int64_t word = 0; word < 4; ++word)
+      for (int64_t row = 0; row < lanes; ++row) out[word * out_stride + row] = static_cast<uint32_t>(p[row * stride + word]);
+  }
+};
+#endif
+
+// ---- sizes -----------------------------------------------------------------------------------------------------------------------
+
+static constexpr int64_t kWordBits = 32;
+static constexpr int64_t kEntries = int64_t(1) << Lanes::bits;                              // sums of one group
+static constexpr int64_t kGroups = (kWordBits + Lanes::bits - 1) / Lanes::bits;             // groups of one word
+static constexpr int64_t kWordTable = kGroups * kEntries;                                   // floats tabulated for one word
+static constexpr int64_t kBlockN = Lanes::lanes * Lanes::blocks;                            // outputs of one inner step
+static constexpr int64_t kBlockWords = 16;
+static constexpr int64_t kBlockK = kBlockWords * kWordBits;                                 // features summed before the row scale
+static constexpr int64_t kDecodeRows = 16;                                                  // decode_tile up to here, gemm_tile beyond
+static constexpr int64_t kGemmRows = 4;                                                     // rows tabulated side by side by gemm_tile
+
+static BITDELTA_INLINE int64_t words(int64_t features) { return (features + kWordBits - 1) / kWordBits; }
+
+// Floats of one prepared operand of a row of K features (a row has one operand, or one per plane where there is a col_scale).
+static inline int64_t table_floats(int64_t K) { return words(K) * kWordTable; }
+
+// Outputs per decode tile: one tile per thread, in whole inner steps.
+static inline int64_t decode_tile_n(int64_t N, int64_t threads) {
+  const int64_t steps = (N + kBlockN - 1) / kBlockN;
+  return std::max<int64_t>(1, (steps + threads - 1) / std::max<int64_t>(threads, 1)) * kBlockN;
+}
+
+// Rows and outputs per gemm tile: wide enough that tabulating x is lost in the lookups, small enough to stay in the caches.
+static inline int64_t gemm_tile_m() { return 16; }
+static inline int64_t gemm_tile_n(int64_t N) { return std::min<int64_t>((N + kBlockN - 1) / kBlockN * kBlockN, 1024); }
+
+// One slot of one parameter's bank.
+struct Delta {
+  const int32_t* signs;    // [P, N, W]
+  const float* row_scale;  // [P, N]
+  int64_t planes, N, K;
+  bool has_col_scale;
+};
+
+// ---- preparation of x ------------------------------------------------------------------------------------------------------------
+
+// x[k] * col_scale[k] as fp32 for k in [k0, k0 + count), zeros up to the next whole word. Reads nothing past k0 + count.
+template <typename T>
+static inline void widen(const T* x, int64_t stride, const float* col_scale, int64_t k0, int64_t count, float* out) {
+  const T* from = x + k0 * stride;
+  if (stride == 1) {
+    for (int64_t k = 0; k < count; ++k) out[k] = static_cast<float>(from[k]);
+  } else {
+    for (int64_t k = 0; k < count; ++k) out[k] = static_cast<float>(from[k * stride]);
+  }
+  if (col_scale != nullptr) {
+    for (int64_t k = 0; k < count; ++k) out[k] *= col_scale[k0 + k];
+  }
+  for (int64_t k = count; k < words(count) * kWordBits; ++k) out[k] = 0.0f;
+}
+
+// The signed sums of every group of `count` words of features: table[word][group][entry], entry bit i set means +x[group start + i].
+static inline void tabulate(const float* x, int64_t count, float* table) {
+  float sign[Lanes::bits][kEntries];
+  for (int64_t i = 0; i < Lanes::bits; ++i)
+    for (int64_t entry = 0; entry < kEntries; ++entry) sign[i][entry] = (entry >> i & 1) != 0 ? 1.0f : -1.0f;
+  for (int64_t word = 0; word < count; ++word) {
+    for (int64_t group = 0; group < kGroups; ++group) {
+      float* out = table + word * kWordTable + group * kEntries;
+      float value[Lanes::bits];
+      for (int64_t i = 0; i < Lanes::bits; ++i) {
+        const int64_t k = group * Lanes::bits + i;
+        value[i] = k < kWordBits ? x[word * kWordBits + k] : 0.0f;
+      }
+      for (int64_t entry = 0; entry < kEntries; ++entry) {
+        float sum = sign[0][entry] * value[0];
+        for (int64_t i = 1; i < Lanes::bits; ++i) sum += sign[i][entry] * value[i];
+        out[entry] = sum;
+      }
+    }
+  }
+}
+
+// Tabulates one row of x for decode_tile.
+//   x: T [K], elements `stride` apart.  col_scale: fp32 [P, K] or null.  table: table_floats(K) floats, times P where there is a
+//   col_scale; 64-byte aligned for full speed.
+template <typename T>
+static inline void prepare(const T* x, int64_t stride, const float* col_scale, int64_t planes, int64_t K, float* table) {
+  float block[kBlockK];
+  const int64_t operands = col_scale != nullptr ? planes : 1;
+  for (int64_t operand = 0; operand < operands; ++operand) {
+    for (int64_t k = 0; k < K; k += kBlockK) {
+      const int64_t count = std::min(kBlockK, K - k);
+      widen(x, stride, col_scale != nullptr ? col_scale + operand * K : nullptr, k, count, block);
+      tabulate(block, words(count), table + operand * table_floats(K) + k / kWordBits * kWordTable);
+    }
+  }
+}
+
+// ---- lookups ---------------------------------------------------------------------------------------------------------------------
+
+// Sign words of one block, a lane per output: [kBlockWords][kBlockN].
+struct Bits {
+  alignas(64) uint32_t at[kBlockWords * kBlockN];
+};
+
+// Transposes `count` words of `outputs` rows of signs; absent outputs get zeros. `ahead`: words from here to what will be read
+// next, to be prefetched.
+static inline void load_bits(const int32_t* signs, int64_t W, int64_t count, int64_t outputs, int64_t ahead, Bits& bits) {
+  if (ahead != 0) {
+    for (int64_t row = 0; row < kBlockN; ++row)
+      BITDELTA_PREFETCH(reinterpret_cast<uintptr_t>(signs) + static_cast<uintptr_t>((ahead + row * W) * 4));
+  }
+  for (int64_t row = 0; row < kBlockN; row += Lanes::lanes) {
+    for (int64_t word = 0; word < count; word += 4) {
+      uint32_t* out = bits.at + word * kBlockN + row;
+      if (row + Lanes::lanes <= outputs && word + 4 <= count) {
+        Lanes::transpose(signs + row * W + word, W, out, kBlockN);
+      } else {
+        int32_t copy[Lanes::lanes * 4] = {};
+        for (int64_t r = 0; r < std::min(Lanes::lanes, outputs - row); ++r)
+          for (int64_t w = 0; w < std::min<int64_t>(4, count - word); ++w) copy[r * 4 + w] = signs[(row + r) * W + word + w];
+        Lanes::transpose(copy, 4, out, kBlockN);
+      }
+    }
+  }
+}
+
+// y[r][n] += row_scale[n] * (sum over the block) for R rows and kBlockN outputs.
+template <int64_t R>
+static inline void look_up(const Bits& bits, int64_t count, const float* const* tables, const float* row_scale, float* y, int64_t ldy) {
+  constexpr int64_t B = Lanes::blocks, L = Lanes::lanes;
+  typename Lanes::Float sum[R][B];
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t b = 0; b < B; ++b) sum[r][b] = Lanes::zero();
+  for (int64_t word = 0; word < count; ++word) {
+    typename Lanes::Words v[B];
+    for (int64_t b = 0; b < B; ++b) v[b] = Lanes::load_words(bits.at + word * kBlockN + b * L);
+#if defined(__GNUC__)
+#pragma GCC unroll 16
+#endif
+    for (int64_t group = 0; group < kGroups; ++group) {
+      for (int64_t r = 0; r < R; ++r) {
+        const float* entries = tables[r] + word * kWordTable + group * kEntries;
+#if defined(BITDELTA_PORTABLE)
+        const float* table = entries;
+#else
+        const typename Lanes::Float table = Lanes::load(entries);
+#endif
+        for (int64_t b = 0; b < B; ++b) sum[r][b] = Lanes::add(sum[r][b], Lanes::lookup(table, v[b]));
+      }
+      for (int64_t b = 0; b < B; ++b) v[b] = Lanes::next_group(v[b]);
+    }
+  }
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t b = 0; b < B; ++b) {
+      float* to = y + r * ldy + b * L;
+      Lanes::store(to, Lanes::fma(Lanes::load(row_scale + b * L), sum[r][b], Lanes::load(to)));
+    }
+}
+
+// All rows of one block, in the widest steps that fit; `tables[i]` points at the block's part of row i's table.
+static inline void block_rows(const Bits& bits, int64_t count, const float* const* tables, int64_t rows, const float* row_scale, float* y, int64_t ldy) {
+  int64_t r = 0;
+  if constexpr (Lanes::rows >= 4) {
+    for (; r + 4 <= rows; r += 4) look_up<4>(bits, count, tables + r, row_scale, y + r * ldy, ldy);
+  }
+  if constexpr (Lanes::rows >= 2) {
+    for (; r + 2 <= rows; r += 2) look_up<2>(bits, count, tables + r, row_scale, y + r * ldy, ldy);
+  }
+  for (; r < rows; ++r) look_up<1>(bits, count, tables + r, row_scale, y + r * ldy, ldy);
+}
+
+// `block_rows` for at most kDecodeRows rows and outputs [n, n + outputs); where the block is not whole, in a padded copy: the same
+// instructions, hence the same results.
+static inline void block(const Delta& d, const Bits& bits, int64_t count, const float* const* tables, int64_t rows, int64_t plane, int64_t n,
+                         int64_t outputs, float* y, int64_t ldy) {
+  const float* row_scale = d.row_scale + plane * d.N + n;
+  if (outputs == kBlockN) {
+    block_rows(bits, count, tables, rows, row_scale, y, ldy);
+    return;
+  }
+  float scale[kBlockN] = {};
+  float copy[kDecodeRows * kBlockN] = {};
+  std::copy(row_scale, row_scale + outputs, scale);
+  for (int64_t r = 0; r < rows; ++r) std::copy(y + r * ldy, y + r * ldy + outputs, copy + r * kBlockN);
+  block_rows(bits, count, tables, rows, scale, copy, kBlockN);
+  for (int64_t r = 0; r < rows; ++r) std::copy(copy + r * kBlockN, copy + r * kBlockN + outputs, y + r * ldy);
+}
+
+static inline void clear(int64_t rows, int64_t outputs, float* y, int64_t ldy) {
+  for (int64_t r = 0; r < rows; ++r) std::fill(y + r * ldy, y + r * ldy + outputs, 0.0f);
+}
+
+// ---- tiles -----------------------------------------------------------------------------------------------------------------------
+
+// y[i, n - n0] for n in [n0, n1) and prepared rows i of one tenant, overwritten.
+//   tables: `rows` pointers filled by prepare.  y: fp32, rows `ldy` floats apart.
+static inline void decode_tile(const Delta& d, const float* const* tables, int64_t rows, int64_t n0, int64_t n1, float* y, int64_t ldy) {
+  const int64_t W = words(d.K), operand = d.has_col_scale ? table_floats(d.K) : 0;
+  Bits bits;
+  clear(rows, n1 - n0, y, ldy);
+  for (int64_t n = n0; n < n1; n += kBlockN) {
+    const int64_t outputs = std::min(kBlockN, n1 - n);
+    const int64_t ahead = n + kBlockN < n1 ? kBlockN * W : 0;
+    for (int64_t word = 0; word < W; word += kBlockWords) {
+      const int64_t count = std::min(kBlockWords, W - word);
+      for (int64_t plane = 0; plane < d.planes; ++plane) {
+        load_bits(d.signs + (plane * d.N + n) * W + word, W, count, outputs, ahead, bits);
+        for (int64_t r = 0; r < rows; r += kDecodeRows) {
+          const int64_t some = std::min(kDecodeRows, rows - r);
+          const float* part[kDecodeRows];
+          for (int64_t i = 0; i < some; ++i) part[i] = tables[r + i] + plane * operand + word * kWordTable;
+          block(d, bits, count, part, some, plane, n, outputs, y + r * ldy + n - n0, ldy);
+        }
+      }
+    }
+  }
+}
+
+// y[i, n - n0] for n in [n0, n1) and `rows` rows of x of one tenant, overwritten.
+//   x: T, element k of row m at x[m * row_stride + k * stride].  index: the rows' numbers m, or null for 0, 1, ... rows - 1.
+//   col_scale: fp32 [P, K], or null.
+template <typename T, typename Index = int64_t>
+static inline void gemm_tile(const Delta& d, const float* col_scale, const T* x, int64_t row_stride, int64_t stride, const Index* index, int64_t rows,
+                             int64_t n0, int64_t n1, float* y, int64_t ldy) {
+  const int64_t W = words(d.K);
+  Bits bits;
+  alignas(64) float table[kGemmRows * kBlockWords * kWordTable];
+  float wide[kBlockK];
+  clear(rows, n1 - n0, y, ldy);
+  for (int64_t r = 0; r < rows; r += kGemmRows) {
+    const int64_t some = std::min(kGemmRows, rows - r);
+    for (int64_t word = 0; word < W; word += kBlockWords) {
+      const int64_t count = std::min(kBlockWords, W - word);
+      const int64_t features = std::min(kBlockK, d.K - word * kWordBits);
+      const float* part[kGemmRows];
+      for (int64_t plane = 0; plane < d.planes; ++plane) {
+        if (plane == 0 || col_scale != nullptr) {
+          for (int64_t i = 0; i < some; ++i) {
+            const int64_t m = index != nullptr ? static_cast<int64_t>(index[r + i]) : r + i;
+            float* to = table + i * kBlockWords * kWordTable;
+            widen(x + m * row_stride, stride, col_scale != nullptr ? col_scale + plane * d.K : nullptr, word * kWordBits, features, wide);
+            tabulate(wide, count, to);
+            part[i] = to;
+          }
+        }
+        for (int64_t n = n0; n < n1; n += kBlockN) {
+          const int64_t outputs = std::min(kBlockN, n1 - n);
+          load_bits(d.signs + (plane * d.N + n) * W + word, W, count, outputs, 0, bits);
+          block(d, bits, count, part, some, plane, n, outputs, y + r * ldy + n - n0, ldy);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace BITDELTA_ISA
+}  // namespace bitdelta
