@@ -1,12 +1,14 @@
-"""The op surface: `bitdelta::delta_linear` and `bitdelta::delta_embedding`, their schemas, eager kernels, fake kernels and gradients.
+"""The op surface: `bitdelta::delta_linear`, `bitdelta::delta_embedding`, their eager and fake kernels, their gradients.
 
-Sizes: M rows, N out, K in, T slots, P planes, W = ceil(K / 32) words, R row-index length, r rank. Every op takes the tensors
-of one parameter, stacked over slots: signs int32 [T, P, N, W], row_scale fp32 [T, P, N], col_scale fp32 [T, P, K] or None,
-left bf16 [T, N, r] and right bf16 [T, r, K] or None; and the row index tenant int32 [R] or None, which means slot 0.
-Row m of the M flattened rows belongs to entry m // (M // R); an entry that is not a slot (-1 is the base) gets exact zeros.
+Sizes: M rows, N out, K in, T slots, P planes, W = ceil(K / 32) words, R row-index length, r rank. Every op takes the
+tensors of one parameter, stacked over slots: signs int32 [T, P, N, W], row_scale fp32 [T, P, N], col_scale fp32 [T, P, K]
+or None, left bf16 [T, N, r] and right bf16 [T, r, K] or None; and the row index tenant int32 [R] or None, which means
+slot 0. Row m of the M flattened rows belongs to entry m // (M // R); an entry that is not a slot (-1 is the base) gets
+exact zeros.
 
-The eager kernels here run on any device. They unpack at most `BLOCK` signs at a time, and what they compute for a row does
-not depend on the row index of the others: every product covers all rows and the rows of the slot are selected afterwards.
+The eager kernels here run on any device. They unpack at most `BLOCK` signs at a time, and what they compute for a row
+does not depend on the row index of the others: every product covers all rows, and the rows of the slot are selected
+afterwards.
 """
 
 from __future__ import annotations
@@ -91,8 +93,8 @@ def delta_linear(
     """The delta's share of a linear layer, each row with its own delta.
 
     Semantics:
-        delta = (unpack(signs) * row_scale[..., None] * col_scale[..., None, :]).sum(1) + left @ right     # [T, N, K]
-        y[m] = x[m] @ delta[slot(m)].T                                                                     # zeros without a slot
+        delta = (unpack(signs) * row_scale[..., None] * col_scale[..., None, :]).sum(1) + left @ right  # [T, N, K]
+        y[m] = x[m] @ delta[slot(m)].T                                              # zeros without a slot
 
     Args:
         x: [*, K], any float dtype; products are accumulated in fp32 (fp64 for fp64).
@@ -230,7 +232,7 @@ def delta_embedding(
 
     Semantics:
         delta as in `delta_linear`, with N the vocabulary and K = embedding_dim
-        y[m] = delta[slot(m), ids[m]]                                                                      # zeros without a slot
+        y[m] = delta[slot(m), ids[m]]                                               # zeros without a slot
 
     Args:
         ids: int [*], each in [0, N).

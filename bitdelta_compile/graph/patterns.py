@@ -1,0 +1,132 @@
+"""Recognising what a node does with a parameter: matrix product, lookup, transpose. Torch calls and ATen alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A parameter as an op sees it: the placeholder itself or its transpose."""
+
+    node: fx.Node
+    transposed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearUse:
+    """`out = x @ matrix.T (+ bias)`, wherever the parameter stands.
+
+    Attributes:
+        node: the call.
+        x: the other operand, [*, K], or [K, M] when `left`.
+        bias: added by the call itself, or None.
+        transposed: the parameter is stored [K, N].
+        left: the parameter is the left operand: out [N, M].
+    """
+
+    node: fx.Node
+    x: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+    left: bool = False
+
+
+_TRANSPOSES: tuple[Any, ...] = (
+    *(torch.t, torch.transpose, torch.permute),
+    *(torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default),
+)
+_LINEAR: tuple[Any, ...] = (torch.nn.functional.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
+_ADDMM: tuple[Any, ...] = (torch.addmm, torch.ops.aten.addmm.default)
+_MATMUL: tuple[Any, ...] = (
+    torch.matmul, torch.mm, operator.matmul, torch.ops.aten.mm.default, torch.ops.aten.matmul.default,
+)  # fmt: skip
+
+
+def linear_use(node: fx.Node, view: View) -> LinearUse | None:
+    """The call as a matrix product with the viewed parameter, or None if it is something else."""
+    target, args, kwargs = node.target, list(node.args), node.kwargs
+    if node.op == "call_method":
+        known = {"matmul": torch.matmul, "mm": torch.mm, "addmm": torch.addmm, "__matmul__": operator.matmul}
+        target = known.get(str(target), target)
+    if target in _LINEAR:
+        named = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
+        if named.get("weight") is view.node and named.get("input") is not view.node:
+            return LinearUse(node, named["input"], named.get("bias"), transposed=view.transposed)
+    elif target in _ADDMM:
+        named = dict(zip(("input", "mat1", "mat2"), args, strict=False)) | dict(kwargs)
+        plain = named.get("beta", 1) == 1 and named.get("alpha", 1) == 1
+        if plain and named.get("mat2") is view.node and view.node not in (named.get("input"), named.get("mat1")):
+            return LinearUse(node, named["mat1"], named["input"], transposed=not view.transposed)
+    elif target in _MATMUL and len(args) == 2 and args[0] is not args[1]:
+        if args[1] is view.node and isinstance(args[0], fx.Node):
+            return LinearUse(node, args[0], None, transposed=not view.transposed)
+        if args[0] is view.node and isinstance(args[1], fx.Node):
+            return LinearUse(node, args[1], None, transposed=view.transposed, left=True)
+    return None
+
+
+def drop_bias(use: LinearUse, view: View) -> None:
+    """Let the product do without the bias that the call itself adds."""
+    if use.node.target not in _LINEAR:
+        use.node.op, use.node.target = "call_function", torch.mm
+    use.node.args, use.node.kwargs = (use.x, view.node), {}
+
+
+def embedding_ids(node: fx.Node, view: View) -> fx.Node | None:
+    """The ids of an embedding lookup in the viewed parameter, or None if the call is something else."""
+    if node.op != "call_function" or view.transposed:
+        return None
+    if node.target is torch.nn.functional.embedding:
+        named = dict(zip(("input", "weight"), node.args, strict=False)) | dict(node.kwargs)
+        table, ids = named.get("weight"), named.get("input")
+    elif node.target in (torch.embedding, torch.ops.aten.embedding.default):
+        named = dict(zip(("weight", "indices"), node.args, strict=False)) | dict(node.kwargs)
+        table, ids = named.get("weight"), named.get("indices")
+    else:
+        return None
+    return ids if table is view.node and isinstance(ids, fx.Node) else None
+
+
+def uses_of(placeholder: fx.Node) -> list[tuple[fx.Node, View]]:
+    """Nodes that consume a parameter or a transpose of it, each with what it sees, in graph order per view."""
+    found: list[tuple[fx.Node, View]] = []
+    pending = [View(placeholder, False)]
+    while pending:
+        view = pending.pop()
+        for user in view.node.users:
+            if _is_transpose(user, view.node):
+                pending.append(View(user, not view.transposed))
+            else:
+                found.append((user, view))
+    return found
+
+
+def _is_transpose(node: fx.Node, of: fx.Node) -> bool:
+    if not node.args or node.args[0] is not of:
+        return False
+    if node.op == "call_method":
+        swaps = node.target == "transpose" and set(node.args[1:]) in ({0, 1}, {-1, -2})
+        return node.target == "t" or swaps or (node.target == "permute" and _flat(node.args[1:]) == [1, 0])
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in ("T", "mT")
+    if node.target in _TRANSPOSES:
+        rest = _flat(node.args[1:])
+        return not rest or (rest == [1, 0] or set(rest) in ({0, 1}, {-1, -2}))
+    return False
+
+
+def _flat(args: Any) -> list[Any]:
+    return [inner for arg in args for inner in (arg if isinstance(arg, list | tuple) else [arg])]
+
+
+def op_name(node: fx.Node) -> str:
+    target = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))

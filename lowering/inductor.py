@@ -1,0 +1,159 @@
+"""The rewritten graph under Inductor: lowerings of the bitdelta:: ops, and the one call that compiles a graph.
+
+Inductor is imported on first use: importing this package must not cost a compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+log = logging.getLogger("bitdelta_compile")
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Compile a rewritten graph with Inductor.
+
+    Args:
+        gm: the graph; Inductor takes it over.
+        example_inputs: real or fake inputs of the graph, one per placeholder.
+        options: Inductor options.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    from .cache import stamp
+
+    register_lowerings()
+    patches = dict(options)
+    patches |= stamp(patches)
+    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def register_lowerings() -> None:
+    """Teach Inductor the bitdelta:: ops, once per process."""
+    from torch._inductor.lowering import make_fallback, register_lowering
+
+    ops = torch.ops.bitdelta
+    register_lowering(ops.delta_linear.default, type_promotion_kind=None)(_delta_linear)
+    register_lowering(ops.delta_embedding.default, type_promotion_kind=None)(_delta_embedding)
+    make_fallback(ops.delta_linear_backward.default)
+    make_fallback(ops.delta_embedding_backward.default)
+
+
+def _delta_linear(
+    x: Any,
+    signs: Any,
+    row_scale: Any,
+    col_scale: Any,
+    left: Any,
+    right: Any,
+    tenant: Any,
+    *,
+    layout: str = "canonical",
+) -> Any:
+    from torch._inductor import ir
+    from torch._inductor.lowering import fallback_handler, view
+
+    device, dtype = x.get_device(), x.get_dtype()
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        _log_fallback(device.type, dtype)
+        eager = fallback_handler(torch.ops.bitdelta.delta_linear.default, add_to_fallback_set=False)
+        return eager(x, signs, row_scale, col_scale, left, right, tenant, layout=layout)
+    from .cpp import DeltaLinearTemplate
+
+    *batch, features = x.get_size()
+    outputs = signs.get_size()[2]
+    rows = functools.reduce(lambda a, b: a * b, batch, 1)
+    inputs = {
+        "X": view(x, [rows, features]),
+        "Signs": signs,
+        "RowScale": row_scale,
+        "ColScale": col_scale,
+        "Left": left,
+        "Right": right,
+        "Tenant": tenant,
+    }
+    realized = {
+        name: None if node is None else ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
+        for name, node in inputs.items()
+    }
+    result = ir.FixedLayout(device, dtype, [rows, outputs])
+    template = DeltaLinearTemplate(realized, result, features=int(features))
+    return view(template.generate().output_node(), [*batch, outputs])
+
+
+def _delta_embedding(
+    ids: Any,
+    signs: Any,
+    row_scale: Any,
+    col_scale: Any,
+    left: Any,
+    right: Any,
+    tenant: Any,
+    *,
+    embedding_dim: int,
+    dtype: torch.dtype,
+    layout: str = "canonical",
+) -> Any:
+    """As one pointwise loop over the result, so that Inductor fuses it with the base lookup and what follows."""
+    from torch._inductor import ir
+    from torch._inductor.virtualized import ops
+
+    slots, planes, vocabulary, _ = signs.get_size()
+    rank = 0 if left is None else int(left.get_size()[2])
+    loads = {
+        name: None if node is None else node.make_loader()
+        for name, node in (
+            ("ids", ids), ("signs", signs), ("row", row_scale), ("col", col_scale), ("left", left), ("right", right),
+            ("tenant", tenant),
+        )
+    }  # fmt: skip
+    sizes = list(ids.get_size())
+    rows = functools.reduce(lambda a, b: a * b, sizes, 1)
+
+    def inner(index: Sequence[Any]) -> Any:
+        *at, feature = index
+        row = ops.indirect_indexing(loads["ids"](at), vocabulary)
+        slot: Any = 0
+        valid = None
+        if tenant is not None:
+            flat = functools.reduce(lambda total, pair: total * pair[1] + pair[0], zip(at, sizes, strict=True), 0)
+            entry = loads["tenant"]([flat // (rows // tenant.get_size()[0])])
+            below = ops.ge(entry, ops.constant(0, torch.int32))
+            valid = ops.and_(below, ops.lt(entry, ops.constant(int(slots), torch.int32)))
+            known = ops.where(valid, entry, ops.constant(0, torch.int32))
+            slot = ops.indirect_indexing(known, slots, check=False)
+        total = None
+        for plane in range(int(planes)):
+            word = loads["signs"]([slot, plane, row, feature // 32])
+            shift = ops.index_expr(feature % 32, torch.int32)
+            bit = ops.bitwise_and(ops.bitwise_right_shift(word, shift), ops.constant(1, torch.int32))
+            sign = ops.sub(ops.mul(ops.to_dtype(bit, torch.float32), ops.constant(2.0, torch.float32)), _one(ops))
+            term = ops.mul(sign, loads["row"]([slot, plane, row]))
+            if loads["col"] is not None:
+                term = ops.mul(term, loads["col"]([slot, plane, feature]))
+            total = term if total is None else ops.add(total, term)
+        for r in range(rank):
+            factor = ops.to_dtype(loads["left"]([slot, row, r]), torch.float32)
+            other = ops.to_dtype(loads["right"]([slot, r, feature]), torch.float32)
+            total = ops.add(total, ops.mul(factor, other))
+        if valid is not None:
+            total = ops.where(valid, total, ops.constant(0.0, torch.float32))
+        return ops.to_dtype(total, dtype)
+
+    return ir.Pointwise.create(device=signs.get_device(), dtype=dtype, inner_fn=inner, ranges=[*sizes, embedding_dim])
+
+
+def _one(ops: Any) -> Any:
+    return ops.constant(1.0, torch.float32)
+
+
+@functools.cache
+def _log_fallback(device: str, dtype: torch.dtype) -> None:
+    log.info("no compiled kernel for %s on %s: delta_linear runs its eager kernel there", dtype, device)

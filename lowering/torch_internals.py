@@ -1,0 +1,82 @@
+"""Every private name of torch that this package touches outside the Inductor templates, each behind one function.
+
+When a new torch moves something, this is the file to mend. Written against torch 2.11 to 2.15.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import fx
+
+log = logging.getLogger("bitdelta_compile")
+
+OLDEST = (2, 11)
+NEWEST = (2, 15)
+
+
+def warn_outside_supported_range(version: str = torch.__version__) -> bool:
+    """Log one warning, and return True, when this torch is not one the package was tried on."""
+    found = tuple(int(part) for part in version.split(".")[:2])
+    if OLDEST <= found <= NEWEST:
+        return False
+    supported = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+    log.warning("torch %s is outside the range %s that this version was tried on", version, supported)
+    return True
+
+
+def placeholder_source(node: fx.Node) -> str | None:
+    """Where Dynamo found a graph input, as "L['self']._modules['fc']._parameters['weight']"; None without Dynamo."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return None
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def copy_source(original: fx.Node, node: fx.Node) -> None:
+    """Give the copy of a placeholder the source of its original: AOTAutograd asks every placeholder for one."""
+    if hasattr(original, "_dynamo_source"):
+        node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+
+
+def mark_added_input(node: fx.Node) -> None:
+    """Make a placeholder that we add acceptable to AOTAutograd, and static: a tensor that CUDA graphs need not copy."""
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def concrete(value: Any) -> Any:
+    """A symbolic size as the plain number it has in this call, without a guard on it; anything else unchanged."""
+    if isinstance(value, torch.SymInt):
+        hint = value.node.hint
+        if hint is None:
+            raise ValueError(f"size {value} is not known in this call")
+        return int(hint)
+    return value
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a tensor has no data: fake or on the meta device."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor) or (isinstance(value, torch.Tensor) and value.is_meta)
+
+
+def inductor_option_names() -> frozenset[str]:
+    """Names that Inductor accepts in `options`."""
+    from torch._inductor import config
+
+    return frozenset(config.get_config_copy())
+
+
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    """The Inductor options that a `mode` of torch.compile stands for."""
+    from torch._inductor import list_mode_options
+
+    known = list_mode_options()
+    if mode not in known:
+        raise ValueError(f"unknown mode {mode!r}: torch has {', '.join(sorted(known))}")
+    return dict(known[mode])
