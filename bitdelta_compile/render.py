@@ -1,0 +1,116 @@
+"""How results look: tables and sentences for the terminal, dictionaries for JSON. Prints nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .delta import Delta
+    from .demo import TenantResult
+    from .encodings import Encoding
+    from .fidelity import Fidelity
+
+
+def tuned_bytes(delta: Delta) -> int:
+    """Bytes of the tuned model's own tensors, tied ones once."""
+
+    def size(encoding: Encoding) -> int:
+        return prod(encoding.shape) * encoding.dtype.itemsize
+
+    return sum(map(size, delta.encodings.values()))
+
+
+def size(count: int) -> str:
+    """Bytes for people; MB are 10^6 bytes."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count} bytes"
+
+
+def options(found: Mapping[str, object]) -> str:
+    """How a delta was made."""
+    return ", ".join(f"{name} {value}" for name, value in sorted(found.items())) or "no options on record"
+
+
+def described(delta: Delta, file: Path) -> dict[str, object]:
+    """A delta file in figures; `factor` is the tuned model's tensors over the whole file."""
+    tuned = tuned_bytes(delta)
+    return {
+        "file": str(file),
+        "file_bytes": file.stat().st_size,
+        "tensor_bytes": delta.nbytes,
+        "tuned_bytes": tuned,
+        "factor": tuned / file.stat().st_size,
+        "encodings": dict(Counter(encoding.kind for encoding in delta.encodings.values())),
+        "options": dict(delta.options),
+    }
+
+
+def parameter(delta: Delta, name: str) -> dict[str, object]:
+    """One parameter's encoding and what the fit reported on it."""
+    encoding = delta.encodings[name]
+    report = delta.report.get(name)
+    return {
+        "encoding": encoding.kind,
+        "shape": list(encoding.shape),
+        "dtype": str(encoding.dtype).removeprefix("torch."),
+        "bytes": encoding.nbytes,
+        **(report if isinstance(report, Mapping) else {}),
+    }
+
+
+def parameter_table(delta: Delta) -> Table:
+    """All parameters, one per line; error is the relative output error of the fit, where it was measured."""
+    table = Table("parameter", "encoding", "shape", "bytes", "error", box=None)
+    for name in delta.encodings:
+        row = parameter(delta, name)
+        error = row.get("error")
+        shown = f"{error:.4f}" if isinstance(error, float) else ""
+        table.add_row(escape(name), str(row["encoding"]), escape(str(row["shape"])), str(row["bytes"]), shown)
+    return table
+
+
+def fidelity_table(found: Fidelity) -> Table:
+    """One evaluation: before, after, and the share recovered."""
+    encoder = found.kind == "encoder"
+    unit = "texts" if encoder else "tokens"
+    table = Table("", "mean cosine to the fine-tune" if encoder else "KL per token (nats)", box=None)
+    table.title = f"{found.data} ({found.count} {unit})"
+    table.add_row("base", f"{found.base:.6f}")
+    table.add_row("base + delta", f"{found.compressed:.6f}")
+    table.add_row("recovered", share(found))
+    return table
+
+
+def demo_tables(tenants: Sequence[TenantResult]) -> list[Table]:
+    """Fidelity, and cost, of every tenant of the demo."""
+    faithful = Table(
+        "fine-tune", "base", "mean |d|", "ours", "recovered: mean |d|", "ours", "compiled: error", box=None
+    )
+    faithful.title = f"Mean cosine to the fine-tune, {tenants[0].ours.count} {tenants[0].ours.data}"
+    cost = Table("fine-tune", "fp32 file", "delta file", "factor", "against bf16", "compress", "compile", box=None)
+    cost.title = "Size and time"
+    for tenant in tenants:
+        ours, mean_abs = tenant.ours, tenant.mean_abs
+        figures = (f"{value:.5f}" for value in (ours.base, mean_abs.compressed, ours.compressed))
+        faithful.add_row(tenant.name, *figures, share(mean_abs), share(ours), f"{tenant.error:.1e}")
+        times = (f"{seconds:.1f} s" for seconds in (tenant.compress_seconds, tenant.compile_seconds))
+        sizes = (
+            size(tenant.tuned_bytes),
+            size(tenant.delta_bytes),
+            f"{tenant.factor:.1f}x",
+            f"{tenant.factor / 2:.1f}x",
+        )
+        cost.add_row(tenant.name, *sizes, *times)
+    faithful.caption = "error: of the compiled model against the fp32 materialized one, share of base-to-tuned distance"
+    return [faithful, cost]
+
+
+def share(found: Fidelity) -> str:
+    """The recovered share of the gap."""
+    return "base and fine-tune do not differ" if found.recovered is None else f"{found.recovered:.4f}"

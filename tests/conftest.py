@@ -1,0 +1,103 @@
+"""Tiny real checkpoints, random weights, a tokenizer: a base and a fine-tune of it, per architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+WORDS = (
+    "the",
+    "a",
+    "of",
+    "and",
+    "to",
+    "is",
+    "in",
+    "that",
+    "it",
+    "for",
+    "be",
+    "not",
+    "or",
+    "language",
+    "python",
+    "value",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Checkpoint folders; `stranger` is of the same architecture with other weights."""
+
+    base: Path
+    tuned: Path
+    stranger: Path
+
+
+def bert() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    return transformers.BertModel(config)
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def save_pair(folder: Path, build: Callable[[], nn.Module]) -> Pair:
+    pair = Pair(folder / "base", folder / "tuned", folder / "stranger")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(), unk_token="[UNK]", pad_token="[PAD]"
+    )
+    torch.manual_seed(0)
+    model = build()
+    model.save_pretrained(pair.base)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(pair.tuned)
+    build().save_pretrained(pair.stranger)
+    for path in (pair.base, pair.tuned, pair.stranger):
+        tokenizer.save_pretrained(path)
+    return pair
+
+
+def word_tokenizer() -> Tokenizer:
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def bert_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return save_pair(tmp_path_factory.mktemp("bert"), bert)
+
+
+@pytest.fixture(scope="session")
+def llama_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return save_pair(tmp_path_factory.mktemp("llama"), llama)
