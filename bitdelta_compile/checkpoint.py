@@ -32,6 +32,10 @@ SIDE_FILES = (
     "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
+    "modules.json",  # this and the following: sentence-transformers
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
 )
 
 

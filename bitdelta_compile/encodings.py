@@ -1,7 +1,7 @@
-"""How one parameter's delta is stored: `same`, `sign`, `dense`, `rows`. Dispatch over them lives here and in `graph/rewrite.py`.
+"""How one parameter's delta is stored: `same`, `sign`, `dense`, `rows`; `graph/rewrite.py` dispatches over them too.
 
-An encoding is an immutable bundle of named tensors plus the parameter's shape as the model stores it. `transposed` says that the
-parameter is stored [K, N] (GPT-2's Conv1D) while the encoding speaks of [N, K]: N out, K in.
+An encoding is an immutable bundle of named tensors plus the parameter's shape as the model stores it. `transposed` says
+that the parameter is stored [K, N] (GPT-2's Conv1D) while the encoding speaks of [N, K]: N out, K in.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from .kernels import layout, reference
+
+_BLOCK = 1 << 20  # weights unpacked at a time: keeps what `apply` needs beyond its result small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Encoding:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def apply(self, base: Tensor) -> Tensor:
-        """The tuned parameter, dense: `base` [shape of the base parameter] -> fp32 [shape] (`dense` and `same` keep their dtype)."""
+        """The tuned parameter, dense: `base` [the base's shape] -> fp32 [shape] (`dense`, `same` keep their dtype)."""
         raise NotImplementedError
 
 
@@ -122,14 +124,30 @@ class Sign(Encoding):
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense delta, [shape]."""
-        banked = [None if t is None else t.unsqueeze(0) for t in (self.signs, self.row_scale, self.col_scale, self.left, self.right)]
-        signs, row_scale, col_scale, left, right = banked
-        assert signs is not None and row_scale is not None
-        dense = reference.delta_weight(signs, row_scale, col_scale, left, right, self.in_features, dtype)[0]
+        dense = self._delta_rows(slice(0, self.out_features), dtype)
         return dense.T if self.transposed else dense
 
+    def _delta_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense delta of some output features, [rows, K]."""
+        deltas: Tensor = reference.delta_weight(
+            self.signs[None, :, rows],
+            self.row_scale[None, :, rows],
+            None if self.col_scale is None else self.col_scale[None],
+            None if self.left is None else self.left[None, rows],
+            None if self.right is None else self.right[None],
+            self.in_features,
+            dtype,
+        )
+        return deltas.squeeze(0)
+
     def apply(self, base: Tensor) -> Tensor:
-        return base.float() + self.delta()
+        tuned = base.to(torch.float32, copy=True)
+        rows = tuned.T if self.transposed else tuned  # [N, K]
+        step = max(1, _BLOCK // max(1, self.in_features))
+        for start in range(0, self.out_features, step):
+            block = slice(start, start + step)
+            rows[block] += self._delta_rows(block)
+        return tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,13 +193,13 @@ class Rows(Encoding):
         return super().nbytes + (self.over.nbytes if self.over is not None else 0)
 
     def apply(self, base: Tensor) -> Tensor:
-        under = base.float() if self.over is None else self.over.apply(base)
-        under = under.T if self.transposed else under
-        tuned = torch.zeros(self.out_features, self.in_features)
-        kept = min(under.shape[0], self.out_features)
-        tuned[:kept] = under[:kept]
-        tuned[self.index] = self.values.float()
-        return tuned.T.contiguous() if self.transposed else tuned
+        under = base if self.over is None else self.over.apply(base)
+        tuned = torch.zeros(self.shape)
+        rows, under_rows = (tuned.T, under.T) if self.transposed else (tuned, under)  # [N, K]
+        kept = min(under_rows.shape[0], self.out_features)
+        rows[:kept] = under_rows[:kept]
+        rows[self.index] = self.values.float()
+        return tuned
 
 
 KINDS: dict[str, type[Encoding]] = {cls.kind: cls for cls in (Same, Dense, Sign, Rows)}

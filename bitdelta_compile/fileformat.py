@@ -149,9 +149,9 @@ def _entry(name: str, fields: object) -> Entry:
     if dtype is None:
         raise FormatError(f"{name} has the dtype {str(fields['dtype'])[:40]!r}, which this version does not know")
     shape, offsets = fields["shape"], fields["data_offsets"]
-    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS or math.prod(size for size in shape if size) > MAX_INT:
+    if not naturals(shape) or len(shape) > MAX_DIMENSIONS or math.prod(size for size in shape if size) > MAX_INT:
         raise FormatError(f"{name} has the impossible shape {str(shape)[:80]}")
-    if not _naturals(offsets) or len(offsets) != 2:
+    if not naturals(offsets) or len(offsets) != 2:
         raise FormatError(f"{name} has malformed data_offsets {str(offsets)[:80]}")
     start, stop = offsets
     if stop - start != math.prod(shape) * dtype.itemsize:
@@ -159,7 +159,8 @@ def _entry(name: str, fields: object) -> Entry:
     return Entry(name, dtype, tuple(shape), start, stop)
 
 
-def _naturals(value: object) -> bool:
+def naturals(value: object) -> bool:
+    """Whether a JSON value is a list of sizes: integers from 0 to 2**63 - 1."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_INT for item in value)
 
 

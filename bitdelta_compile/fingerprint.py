@@ -1,0 +1,111 @@
+"""What a delta remembers of its base: enough to recognise any faithful copy and to refuse everything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint, match_names
+from .errors import BaseMismatchError
+
+SAMPLES = 16
+_GOLDEN = (
+    0x9E3779B97F4A7C15  # 2**64 / golden ratio: multiples of it modulo 2**64 spread evenly over any number of elements
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fingerprint:
+    """Shapes and sampled values of a base's floating-point parameters.
+
+    Attributes:
+        names: of the base's parameters.
+        shapes: of each.
+        samples: bf16 [len(names), 16], values at fixed pseudo-random positions of each (zeros where one is empty).
+        digest: SHA-256 of the samples before rounding, as fp32: tells an exact copy from a rounded one.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    samples: Tensor
+    digest: str
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> Fingerprint:
+        """The fingerprint of `names` (default: all) of a checkpoint; only floating-point tensors count."""
+        chosen = checkpoint.names() if names is None else names
+        kept = tuple(name for name in chosen if checkpoint.dtype(name).is_floating_point)
+        samples = _stack([_sample(checkpoint.tensor(name)) for name in kept])
+        shapes = tuple(checkpoint.shape(name) for name in kept)
+        return cls(kept, shapes, samples.to(torch.bfloat16), _digest(samples))
+
+    def check(self, checkpoint: Checkpoint) -> str:
+        """Recognise a copy of the base: of any dtype, sharded anyhow, with or without a prefix to its names.
+
+        Returns:
+            "exact", or "up to bf16 rounding" for a copy that has been through another dtype.
+
+        Raises:
+            BaseMismatchError: naming the first parameter that is missing or differs, and how many do.
+        """
+        pairs = match_names(self.names, [*checkpoint.names(), *checkpoint.tied])
+        wrong: list[str] = []
+        found: list[Tensor] = []
+        for name, shape, kept in zip(self.names, self.shapes, self.samples.float(), strict=True):
+            if name not in pairs:
+                wrong.append(f"{name} is missing")
+            elif checkpoint.shape(pairs[name]) != shape:
+                wrong.append(f"{name} has shape {list(checkpoint.shape(pairs[name]))}, not {list(shape)}")
+            else:
+                sample = _sample(checkpoint.tensor(pairs[name]))
+                found.append(sample)
+                off = ~_same_value(sample, kept)
+                if bool(off.any()):
+                    wrong.append(f"{name} holds {sample[off][0]:.6g} where the base has {kept[off][0]:.6g}")
+        if wrong:
+            raise BaseMismatchError(
+                f"{checkpoint.source} is not the base this delta was made for: {wrong[0]}"
+                f" ({len(wrong)} of {len(self.names)} parameters differ); give the base that it was compressed against"
+            )
+        return "exact" if _digest(_stack(found)) == self.digest else "up to bf16 rounding"
+
+
+def _positions(count: int) -> list[int]:
+    """16 positions in a tensor of `count` elements: the same for every layout, dtype and version of torch."""
+    return [((index + 1) * _GOLDEN % 2**64) * count >> 64 for index in range(SAMPLES)]
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """fp32 [16]: values at `_positions` in row-major order, read without copying the tensor."""
+    count = math.prod(tensor.shape)
+    if count == 0:
+        return torch.zeros(SAMPLES)
+    if tensor.dim() == 0:
+        tensor = tensor.reshape(1)
+    positions = torch.tensor(_positions(count), device=tensor.device)
+    return tensor.detach()[torch.unravel_index(positions, tensor.shape)].float().cpu()
+
+
+def _same_value(sample: Tensor, kept: Tensor) -> Tensor:
+    """Whether fp32 samples can be copies of the values that were rounded to bf16 in `kept`.
+
+    A copy through fp32 or bf16 rounds to `kept` itself. One through fp16 was rounded twice: it may lie half a step of
+    bf16 plus half a step of fp16 away, still less than the one step of bf16 by which a neighbouring value differs.
+    """
+    rounded = sample.to(torch.bfloat16).float() == kept
+    exponent = torch.frexp(kept).exponent.float()
+    reach = torch.exp2(exponent - 9) + torch.exp2(exponent - 12).clamp(min=2.0**-25)
+    return rounded | ((sample.half().float() == sample) & ((sample - kept).abs() <= reach))
+
+
+def _stack(samples: list[Tensor]) -> Tensor:
+    return torch.stack(samples) if samples else torch.zeros(0, SAMPLES)
+
+
+def _digest(samples: Tensor) -> str:
+    return hashlib.sha256(samples.numpy().astype("<f4").tobytes()).hexdigest()
