@@ -223,7 +223,7 @@ def import_bitdelta(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for delta files, results and the plot.")] = Path("demo-output"),
     cache: Annotated[Path | None, typer.Option(help="Folder for the downloads.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer sentences, no compilation.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the texts; no Inductor.")] = False,
 ) -> None:
     """Compress and compile two real fine-tunes of MiniLM, and show how faithful and how small they are."""
     from . import demo as steps

@@ -148,10 +148,10 @@ def compile_with(delta: Delta, base_folder: Path, quick: bool) -> Any:
 
 
 def layer_graph(compiled: Any) -> str:
-    """The rewritten graph of the model's first layer, as text."""
-    from . import explain
+    """The rewritten graph of the model's first layer, as text: base nodes, packed-delta nodes and their sums."""
+    from .explain import explain
 
-    return str(explain(compiled).graph(layer=0))
+    return explain(compiled).graph(layer="encoder.layer.0.")
 
 
 def _outputs(delta: Delta, base_folder: Path, batches: Sequence[Batch]) -> EncoderOutputs:
@@ -209,9 +209,9 @@ def plot(tenants: Sequence[TenantResult], path: Path) -> Path:
         "delta file": [tenant.delta_bytes / 1e6 for tenant in tenants],
     }
     _bars(left, gaps, [tenant.name for tenant in tenants], "{:.1e}")
-    left.set(title="Distance to the fine-tune (lower is better)", ylabel="1 - mean cosine (log scale)")
+    left.set(title="Distance to the fine-tune (lower is better)", ylabel="1 - mean cosine (log scale)", yscale="log")
     _bars(right, sizes, [tenant.name for tenant in tenants], "{:.1f}")
-    right.set(title="Size of one fine-tune", ylabel="MB (log scale)")
+    right.set(title="Size of one fine-tune", ylabel="MB")
     figure.savefig(path, dpi=150)
     return path
 
@@ -224,7 +224,6 @@ def _bars(axes: Any, series: dict[str, list[float]], groups: Sequence[str], labe
         axes.bar_label(bars, [label.format(value) for value in values], fontsize=8, padding=2)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlabel("fine-tune of all-MiniLM-L6-v2")
-    axes.set_yscale("log")
-    axes.margins(y=0.25)
+    axes.margins(y=0.1)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(series))

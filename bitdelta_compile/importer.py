@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from . import sidefiles
 from .checkpoint import Checkpoint, match_names, open_checkpoint
 from .delta import Delta, Fingerprint
 from .encodings import Dense, Encoding, Same, Sign
@@ -63,7 +64,7 @@ def import_bitdelta(diff: str | Path, base: nn.Module | str | Path, *, progress:
         encodings=encodings,
         tied=dict(checkpoint.tied),
         fingerprint=Fingerprint.of(checkpoint),
-        side_files=_side_files(checkpoint, encodings),
+        side_files=sidefiles.pack(_side_files(checkpoint, encodings), checkpoint.side_files),
         options={"method": "imported", "planes": 1, "rank": 0},
         report={},
     )

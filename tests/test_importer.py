@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitdelta_compile.checkpoint import open_checkpoint
 from bitdelta_compile.encodings import Dense, Same, Sign
 from bitdelta_compile.errors import BaseMismatchError, BitDeltaError, DeltaFileError, UnsupportedError
 from bitdelta_compile.importer import import_bitdelta
@@ -153,7 +154,7 @@ def test_a_grown_vocabulary_reaches_the_config(llama_pair, tmp_path: Path) -> No
     grown["model.layers.0.mlp.up_proj.coeff"] = torch.tensor(0.01)
     grown["model.embed_tokens.weight"] = torch.ones(66, 64)
     delta = import_bitdelta(write(tmp_path / "diff.pt", grown), llama_pair.base)
-    config = delta.side_files["config.json"]
+    config = delta.side_files_with(open_checkpoint(llama_pair.base))["config.json"]
     assert isinstance(config, dict)
     assert config["vocab_size"] == 66
     assert json.loads((llama_pair.base / "config.json").read_text())["vocab_size"] == 64

@@ -1,0 +1,250 @@
+"""Every command on tiny real checkpoints: what it writes, what it prints, how it exits."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner, Result
+
+from bitdelta_compile import demo, doctor, fidelity, materials
+from bitdelta_compile.cli import app
+from bitdelta_compile.delta import Delta
+from bitdelta_compile.errors import DeltaFileError
+
+
+@pytest.fixture(autouse=True)
+def _logger() -> Iterator[None]:
+    logger = logging.getLogger("bitdelta_compile")
+    before = logger.handlers, logger.level
+    yield
+    logger.handlers, logger.level = before
+
+
+def bitdelta(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> str:
+    result = bitdelta(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refuse(*arguments: object) -> str:
+    """The one sentence that a refused command leaves."""
+    result = bitdelta(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def delta_file(bert_pair, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignore[no-untyped-def]
+    file = tmp_path_factory.mktemp("delta") / "tuned.bitdelta.safetensors"
+    succeed("compress", bert_pair.base, bert_pair.tuned, "-o", file, "--tokens", 256)
+    return file
+
+
+def test_compress_writes_a_delta_and_says_how_small(bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "x.bitdelta.safetensors"
+    shown = succeed("compress", bert_pair.base, bert_pair.tuned, "-o", file, "--tokens", 256)
+    assert f"wrote {file}" in shown
+    assert "sign" in {encoding.kind for encoding in Delta.load(file).encodings.values()}
+
+
+@pytest.mark.parametrize("options", [["--planes", "2"], ["--method", "mean_abs"], ["--rank", "1"]])
+def test_compress_passes_its_options_on(options: list[str], bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "x.bitdelta.safetensors"
+    found = json.loads(
+        succeed("compress", bert_pair.base, bert_pair.tuned, "-o", file, "--tokens", 256, *options, "--json")
+    )
+    name, value = options
+    assert str(found["options"][name.removeprefix("--")]) == value
+    assert found["file_bytes"] == file.stat().st_size
+    assert found["factor"] == pytest.approx(found["tuned_bytes"] / found["file_bytes"])
+
+
+def test_compress_with_text(bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    text, file = tmp_path / "text.txt", tmp_path / "x.bitdelta.safetensors"
+    text.write_text("the language of python\n\na value in the language\n" * 20)
+    succeed("compress", bert_pair.base, bert_pair.tuned, "-o", file, "--text", text)
+    assert file.exists()
+
+
+def test_compress_replaces_a_file_only_when_forced(bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "x.bitdelta.safetensors"
+    file.write_text("precious")
+    assert "--force" in refuse("compress", bert_pair.base, bert_pair.tuned, "-o", file)
+    assert file.read_text() == "precious"
+    succeed("compress", bert_pair.base, bert_pair.tuned, "-o", file, "--method", "mean_abs", "--force")
+    Delta.load(file)
+
+
+def test_inspect(delta_file: Path) -> None:
+    assert "sign" in succeed("inspect", delta_file)
+    shown = succeed("inspect", delta_file, "--params")
+    assert "embeddings.word_embeddings.weight" in shown
+    assert "[64, 64]" in shown
+
+
+def test_inspect_json(delta_file: Path) -> None:
+    found = json.loads(succeed("inspect", delta_file, "--json", "--params"))
+    parameters = found["parameters"]
+    assert sum(found["encodings"].values()) == len(parameters)
+    assert found["tensor_bytes"] < found["file_bytes"] < found["tuned_bytes"]
+    assert parameters["embeddings.word_embeddings.weight"]["shape"] == [64, 64]
+    assert "config.json" in found["side_files"]
+    assert "parameters" not in json.loads(succeed("inspect", delta_file, "--json"))
+
+
+def test_verify(delta_file: Path, bert_pair) -> None:  # type: ignore[no-untyped-def]
+    found = json.loads(succeed("verify", delta_file, bert_pair.base, bert_pair.tuned, "--json"))
+    assert found["kind"] == "encoder"
+    assert found["base"] < found["compressed"] <= 1
+    assert found["recovered"] == pytest.approx(1 - (1 - found["compressed"]) / (1 - found["base"]))
+    assert found["passed"] is True
+    assert "recovered" in succeed("verify", delta_file, bert_pair.base, bert_pair.tuned)
+
+
+def test_verify_of_a_language_model(llama_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file, text = tmp_path / "x.bitdelta.safetensors", tmp_path / "text.txt"
+    text.write_text("the language of python\n\na value in the language\n")
+    succeed("compress", llama_pair.base, llama_pair.tuned, "-o", file, "--tokens", 256)
+    found = json.loads(succeed("verify", file, llama_pair.base, llama_pair.tuned, "--text", text, "--json"))
+    assert found["kind"] == "language model"
+    assert found["recovered"] > 0.5
+
+
+def test_verify_fails_below_the_share_asked_for(delta_file: Path, bert_pair) -> None:  # type: ignore[no-untyped-def]
+    result = bitdelta("verify", delta_file, bert_pair.base, bert_pair.tuned, "--min-recovered", "1.1", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["passed"] is False
+
+
+def test_materialize_gives_a_checkpoint_that_loads(delta_file: Path, bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "restored"
+    succeed("materialize", bert_pair.base, delta_file, "-o", folder)
+    restored = transformers.AutoModel.from_pretrained(folder).state_dict()
+    expected = dict(Delta.load(delta_file).materialize(bert_pair.base))
+    assert expected
+    for name, tensor in expected.items():
+        torch.testing.assert_close(restored[name], tensor)
+    assert "not empty" in refuse("materialize", bert_pair.base, delta_file, "-o", folder)
+
+
+def test_materialize_in_another_dtype(delta_file: Path, bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "restored"
+    succeed("materialize", bert_pair.base, delta_file, "-o", folder, "--dtype", "bfloat16")
+    assert transformers.AutoModel.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_import_bitdelta(llama_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    diff, file = tmp_path / "diff.pt", tmp_path / "x.bitdelta.safetensors"
+    module = "model.layers.0.mlp.up_proj"
+    torch.save({f"{module}.mask": torch.zeros(2, 96, dtype=torch.int32), f"{module}.coeff": torch.tensor(0.5)}, diff)
+    found = json.loads(succeed("import-bitdelta", diff, llama_pair.base, "-o", file, "--json"))
+    assert found["encodings"]["sign"] == 1
+    folder = tmp_path / "restored"
+    succeed("materialize", llama_pair.base, file, "-o", folder)
+    base, tuned = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (llama_pair.base, folder))
+    changed = tuned.model.layers[0].mlp.up_proj.weight - base.model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(changed, torch.full((96, 64), -0.5))
+
+
+def test_a_missing_file_is_one_sentence(bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    missing = tmp_path / "missing"
+    for command in (
+        ["inspect", missing],
+        ["verify", missing, bert_pair.base, bert_pair.tuned],
+        ["materialize", bert_pair.base, missing, "-o", tmp_path / "out"],
+        ["import-bitdelta", missing, bert_pair.base, "-o", tmp_path / "out"],
+        ["compress", missing, bert_pair.tuned, "-o", tmp_path / "out"],
+    ):
+        assert "missing" in refuse(*command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_truncated_file(delta_file: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(delta_file.read_bytes()[:-100])
+    assert "short.safetensors" in refuse("inspect", short)
+
+
+def test_the_wrong_base(delta_file: Path, bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "base" in refuse("materialize", bert_pair.stranger, delta_file, "-o", tmp_path / "out")
+    assert "base" in refuse("verify", delta_file, bert_pair.stranger, bert_pair.tuned)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_foreign_architecture(bert_pair, llama_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    refuse("compress", bert_pair.base, llama_pair.tuned, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_text(bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n")
+    sentence = refuse("compress", bert_pair.base, bert_pair.tuned, "-o", tmp_path / "out", "--text", text)
+    assert "holds no text" in sentence
+
+
+def test_debug_shows_the_error_itself(tmp_path: Path) -> None:
+    assert isinstance(bitdelta("--debug", "inspect", tmp_path / "missing").exception, DeltaFileError | OSError)
+
+
+def test_usage_errors_exit_with_2() -> None:
+    assert bitdelta("compress").exit_code == 2
+    assert bitdelta("inspect", "file", "--nonsense").exit_code == 2
+
+
+def test_version() -> None:
+    assert succeed("--version").startswith("bitdelta 0.")
+
+
+def test_doctor() -> None:
+    assert "torch" in succeed("doctor")
+    found = json.loads(succeed("doctor", "--json"))
+    assert torch.__version__ in found["findings"]["torch"]
+    assert found["problems"] == []
+
+
+def test_doctor_fails_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = bitdelta("doctor", "--json")
+    assert result.exit_code == 1
+    assert "C++ compiler" in json.loads(result.stdout)["problems"][0]
+
+
+def test_doctor_tries_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken-cxx"
+    broken.write_text("#!/bin/sh\necho no such thing >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    assert "does not work: no such thing" in doctor.examine().problems[0]
+
+
+def test_demo_shows_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def run(out: Path, cache: Path, *, quick: bool, progress: fidelity.Progress) -> demo.DemoResult:
+        asked.update(out=out, cache=cache, quick=quick)
+        progress("stage", 1, 1)
+        scores = [fidelity.Fidelity("encoder", 0.9, after, 8, "texts") for after in (0.98, 0.999)]
+        tenant = demo.TenantResult("sre", *scores, 90_000_000, 3_600_000, 1e-5, 1.5, 20.0)
+        return demo.DemoResult([tenant], "linear = delta_linear", [out / "fidelity.png"])
+
+    monkeypatch.setattr(demo, "run", run)
+    shown = succeed("demo", "--out", tmp_path / "out", "--quick")
+    assert asked == {"out": tmp_path / "out", "cache": materials.default_cache(), "quick": True}
+    for expected in ("0.90000", "0.8000", "0.9900", "25.0x", "12.5x", "1.0e-05", "delta_linear", "fidelity.png"):
+        assert expected in shown
