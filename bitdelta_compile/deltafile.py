@@ -66,9 +66,7 @@ def write(path: Path, parts: Parts) -> None:
         if "//" in name:
             raise BitDeltaError(f"the parameter name {name!r} contains '//', which a delta file cannot hold: rename it")
         encodings[name] = _describe(encoding)
-        tensors |= {f"{name}//{field}": tensor for field, tensor in encoding.tensors().items()}
-        if isinstance(encoding, Rows) and encoding.over is not None:
-            tensors |= {f"{name}//over.{field}": tensor for field, tensor in encoding.over.tensors().items()}
+        tensors |= {f"{name}//{field}": tensor for field, tensor in stored_tensors(encoding).items()}
     contents = {
         "encodings": encodings,
         "tied": dict(parts.tied),
@@ -88,6 +86,13 @@ def write(path: Path, parts: Parts) -> None:
         write_safetensors(path, specs, metadata)
     except OSError as error:
         raise BitDeltaError(f"the delta cannot be written to {path}: {error.strerror}") from error
+
+
+def stored_tensors(encoding: Encoding) -> dict[str, Tensor]:
+    """An encoding's tensors by field name, those of sign planes under rows as `over.<field>`."""
+    over = encoding.over if isinstance(encoding, Rows) else None
+    under = {} if over is None else {f"over.{field}": tensor for field, tensor in over.tensors().items()}
+    return encoding.tensors() | under
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -231,7 +236,7 @@ def _encoding(name: str, about: object, tensors: dict[str, Tensor], prefix: str 
             col_scale = optional("col_scale", torch.float32)
             left, right = optional("left", torch.bfloat16), optional("right", torch.bfloat16)
             sign = Sign(size, dtype, signs, row_scale, col_scale, left, right, flipped)
-            _check_sign(name, sign)
+            _check_sign(f"{name}//{prefix}", sign)
             return sign
         if kind == "rows" and not prefix:
             over = _encoding(name, about["over"], tensors, "over.") if "over" in about else None
@@ -247,13 +252,13 @@ def _encoding(name: str, about: object, tensors: dict[str, Tensor], prefix: str 
     raise FormatError(f"{name} has the encoding {str(kind)[:40]!r}, which this version does not know")
 
 
-def _check_sign(name: str, sign: Sign) -> None:
+def _check_sign(prefix: str, sign: Sign) -> None:
     """What the shapes do not show; reads scales, and the last words of rows where K is ragged."""
     if sign.planes < 1:
-        raise FormatError(f"{name} has no sign plane")
+        raise FormatError(f"{prefix}signs have no plane")
     for field, tensor in (("row_scale", sign.row_scale), ("col_scale", sign.col_scale)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise FormatError(f"{name}//{field} holds NaN or infinite scales")
+            raise FormatError(f"{prefix}{field} holds NaN or infinite scales")
     layout.check_ragged_bits(sign.signs, sign.in_features)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .kernels import layout, reference
 
-_BLOCK = 1 << 20  # weights unpacked at a time: keeps what `apply` needs beyond its result small
+_BLOCK = 1 << 18  # weights unpacked at a time: keeps what `apply` needs beyond its result small
 
 
 @dataclasses.dataclass(frozen=True)

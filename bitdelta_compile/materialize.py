@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, TensorSpec, match_names, open_checkpoint, write_safetensors
-from .deltafile import check_grown
+from .deltafile import check_grown, stored_tensors
 from .encodings import Dense, Encoding, Rows, Sign
 from .errors import BaseMismatchError, BitDeltaError, DeltaFileError
 from .fileformat import FormatError
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
 LOST_SHARE = 0.05  # of the delta's norm: rounding that adds more is worth a warning
-_BLOCK = 1 << 20  # weights compared at a time
+_BLOCK = 1 << 18  # weights compared at a time
 
 
 class Merge:
@@ -63,9 +63,9 @@ class Merge:
         if name not in self._names:
             raise BaseMismatchError(f"{source} has no parameter for {name}, whose delta is stored as {encoding.kind}")
         found = self.base.shape(self._names[name])
-        if isinstance(encoding, Rows) and encoding.over is None:
-            rows, features = (found[1], found[0]) if encoding.transposed and len(found) == 2 else (found[0], found[-1])
-            if len(found) == 2 and features == encoding.in_features:
+        if isinstance(encoding, Rows) and encoding.over is None and len(found) == 2:
+            rows, features = reversed(found) if encoding.transposed else found
+            if features == encoding.in_features:
                 try:
                     return check_grown(name, encoding, rows)
                 except FormatError as error:
@@ -82,14 +82,13 @@ class Merge:
     def produce(self, name: str) -> Tensor:
         """The tuned parameter, dense, on the CPU; at most two copies of it exist meanwhile."""
         encoding, target = self.encodings[name], self.target(name)
-        sign = encoding.over if isinstance(encoding, Rows) else encoding
-        fields = encoding.tensors() | (sign.tensors() if isinstance(sign, Sign) else {})
-        for field, tensor in fields.items():
+        for field, tensor in stored_tensors(encoding).items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise DeltaFileError(f"{name}//{field} holds NaN or infinite values: the delta is damaged")
         base = torch.empty(0) if isinstance(encoding, Dense) else self.base.tensor(self._names[name]).cpu()
         tuned = encoding.apply(base)
         rounded = tuned.to(target)
+        sign = encoding.over if isinstance(encoding, Rows) else encoding
         if isinstance(sign, Sign) and rounded is not tuned:
             rows = min(base.shape[0], tuned.shape[0])
             self._lost[name] = _squared_loss(base[:rows], tuned[:rows], rounded[:rows])

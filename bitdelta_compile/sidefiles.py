@@ -20,6 +20,7 @@ from .errors import BaseMismatchError, DeltaFileError
 
 # Files below this size stay whole: they compress to next to nothing, and can then be read without the base.
 WHOLE_BELOW = 4096  # bytes of canonical JSON
+MAX_DEPTH = 100  # levels of nesting in a file or patch: more than any tokenizer has, less than exhausts the stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def resolve(name: str, value: object, base: Mapping[str, object], source: str) -
         patched = _patched(_as_json(base[name]), value.patch)
         result = "\n".join(cast(list[str], patched)) if isinstance(base[name], str) else patched
         matches = _sha256(result) == value.sha256
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         matches = False
     if not matches:
         raise BaseMismatchError(
@@ -107,6 +108,8 @@ def from_json(stored: object) -> dict[str, object]:
     for name, entry in stored.items():
         if name not in SIDE_FILES:
             raise DeltaFileError(f"the side file {name[:80]!r} is none of those a checkpoint has")
+        if not _nests_within(entry, MAX_DEPTH):
+            raise DeltaFileError(f"the side file {name} nests deeper than {MAX_DEPTH} levels")
         if isinstance(entry, dict) and set(entry) == {"value"}:
             packed[name] = entry["value"]
             if not name.endswith(".json") and not _is_text(entry["value"]):
@@ -123,6 +126,11 @@ def _is_text(value: object) -> bool:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
+
+
+def _nests_within(value: object, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_nests_within(item, levels - 1) for item in inner if isinstance(item, dict | list))
 
 
 def _as_json(value: object) -> object:

@@ -1,7 +1,7 @@
 """The one definition of how signs lie in memory: bit order, packing, unpacking, shape checks.
 
-Canonical layout, used on disk, in `Delta` and by the reference: `signs` int32 [..., N, W] with W = ceil(K / 32). Bit j of word w
-is input feature k = 32 w + j; 1 means +1 and 0 means -1. Bits past K are 0 and never stand for a sign.
+Canonical layout, used on disk, in `Delta` and by the reference: `signs` int32 [..., N, W] with W = ceil(K / 32). Bit j
+of word w is input feature k = 32 w + j; 1 means +1 and 0 means -1. Bits past K are 0 and never stand for a sign.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def pack(positive: Tensor) -> Tensor:
     if positive.dtype != torch.bool:
         raise TypeError(f"pack takes booleans (true for +1), got {positive.dtype}")
     features = positive.shape[-1]
+    if positive.numel() == 0:  # no bytes to view as words
+        return torch.zeros(*positive.shape[:-1], words(features), dtype=torch.int32, device=positive.device)
     ragged = words(features) * WORD_BITS - features
     bits = torch.nn.functional.pad(positive, (0, ragged)) if ragged else positive
     octets = bits.reshape(*positive.shape[:-1], -1, 8).to(torch.uint8)
@@ -70,7 +72,10 @@ def check_words(signs: Tensor, features: int) -> None:
     if signs.dtype != torch.int32:
         raise ValueError(f"signs must be int32, got {signs.dtype}")
     if signs.dim() < 1 or signs.shape[-1] != words(features):
-        raise ValueError(f"signs of shape {list(signs.shape)} cannot hold {features} features: expected {words(features)} words per row")
+        raise ValueError(
+            f"signs of shape {list(signs.shape)} cannot hold {features} features: expected {words(features)} "
+            "words per row"
+        )
 
 
 def check_ragged_bits(signs: Tensor, features: int) -> None:
@@ -105,7 +110,9 @@ def check_bank(
     check_words(signs, features)
     slots, planes, rows, _ = signs.shape
     if tuple(row_scale.shape) != (slots, planes, rows):
-        raise ValueError(f"row_scale must be {[slots, planes, rows]} to match signs {list(signs.shape)}, got {list(row_scale.shape)}")
+        raise ValueError(
+            f"row_scale must be {[slots, planes, rows]} to match signs {list(signs.shape)}, got {list(row_scale.shape)}"
+        )
     if col_scale is not None and tuple(col_scale.shape) != (slots, planes, features):
         raise ValueError(f"col_scale must be {[slots, planes, features]}, got {list(col_scale.shape)}")
     if (left is None) != (right is None):
