@@ -38,10 +38,11 @@ class _Group(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (BitDeltaError, OSError) as error:
-            if ctx.params.get("debug"):
+        except Exception as error:
+            known = getattr(error, "inner_exception", error)  # torch.compile wraps what a backend raises
+            if ctx.params.get("debug") or not isinstance(known, BitDeltaError | OSError):
                 raise
-            message = " ".join(str(error).split())
+            message = " ".join(str(known).split())
             Console(stderr=True, soft_wrap=True).print(f"[red]Error: {escape(message)}[/red]", highlight=False)
             raise typer.Exit(BAD_REQUEST) from None
 
@@ -50,7 +51,7 @@ app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,
     help="Keep a fine-tune as one bit per weight on top of its base.",
 )
 

@@ -78,7 +78,7 @@ def save_pair(folder: Path, build: Callable[[], nn.Module]) -> Pair:
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter += 0.005 * torch.randn_like(parameter)
     model.save_pretrained(pair.tuned)
     build().save_pretrained(pair.stranger)
     for path in (pair.base, pair.tuned, pair.stranger):
