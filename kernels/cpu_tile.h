@@ -75,16 +75,19 @@ struct Lanes {
   static BITDELTA_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
   static BITDELTA_INLINE void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
   static BITDELTA_INLINE Words load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
-  static BITDELTA_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static BITDELTA_INLINE Float ones() { return _mm512_set1_ps(1.0f); }
   static BITDELTA_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  // a + b. As a multiplication by 1 it runs beside the shuffles, where an addition would compete with them for ports (Zen 4).
+  static BITDELTA_INLINE Float add(Float a, Float b, Float one) { return _mm512_fmadd_ps(a, one, b); }
   static BITDELTA_INLINE Words next_group(Words v) { return _mm512_srli_epi32(v, bits); }
   static BITDELTA_INLINE Float lookup(Float table, Words v) { return _mm512_permutexvar_ps(v, table); }
 
+  static BITDELTA_INLINE __m128i four_words(const int32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  // Four words each of rows 0, 4, 8 and 12 from p.
   static BITDELTA_INLINE __m512i quarter_rows(const int32_t* p, int64_t stride) {
-    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    v = _mm512_mask_broadcast_i32x4(v, 0x00f0, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 4 * stride)));
-    v = _mm512_mask_broadcast_i32x4(v, 0x0f00, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * stride)));
-    return _mm512_mask_broadcast_i32x4(v, 0xf000, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 12 * stride)));
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(four_words(p)), four_words(p + 4 * stride), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(four_words(p + 8 * stride)), four_words(p + 12 * stride), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
   // Four words of `lanes` rows, `stride` words apart, to out[word * out_stride + row].
   static BITDELTA_INLINE void transpose(const int32_t* p, int64_t stride, uint32_t* out, int64_t out_stride) {
@@ -108,8 +111,10 @@ struct Lanes {
   static BITDELTA_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
   static BITDELTA_INLINE void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
   static BITDELTA_INLINE Words load_words(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static BITDELTA_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static BITDELTA_INLINE Float ones() { return _mm256_set1_ps(1.0f); }
   static BITDELTA_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  // a + b. As a multiplication by 1 it runs beside the shuffles, where an addition would compete with them for ports (Zen 4).
+  static BITDELTA_INLINE Float add(Float a, Float b, Float one) { return _mm256_fmadd_ps(a, one, b); }
   static BITDELTA_INLINE Words next_group(Words v) { return _mm256_srli_epi32(v, bits); }
   static BITDELTA_INLINE Float lookup(Float table, Words v) { return _mm256_permutevar8x32_ps(table, v); }
 
@@ -140,8 +145,9 @@ struct Lanes {
   static BITDELTA_INLINE Float load(const float* p) { Float v; std::memcpy(v.at, p, sizeof v); return v; }
   static BITDELTA_INLINE void store(float* p, Float v) { std::memcpy(p, v.at, sizeof v); }
   static BITDELTA_INLINE Words load_words(const uint32_t* p) { Words v; std::memcpy(v.at, p, sizeof v); return v; }
-  static BITDELTA_INLINE Float add(Float a, Float b) { for (int64_t i = 0; i < lanes; ++i) a.at[i] += b.at[i]; return a; }
+  static BITDELTA_INLINE Float ones() { return Float{}; }
   static BITDELTA_INLINE Float fma(Float a, Float b, Float c) { for (int64_t i = 0; i < lanes; ++i) c.at[i] += a.at[i] * b.at[i]; return c; }
+  static BITDELTA_INLINE Float add(Float a, Float b, Float) { for (int64_t i = 0; i < lanes; ++i) a.at[i] += b.at[i]; return a; }
   static BITDELTA_INLINE Words next_group(Words v) { for (int64_t i = 0; i < lanes; ++i) v.at[i] >>= bits; return v; }
   static BITDELTA_INLINE Float lookup(const float* table, Words v) {
     Float out;
@@ -165,10 +171,9 @@ static constexpr int64_t kWordTable = kGroups * kEntries;                       
 static constexpr int64_t kBlockN = Lanes::lanes * Lanes::blocks;                            // outputs of one inner step
 static constexpr int64_t kBlockWords = 16;
 static constexpr int64_t kBlockK = kBlockWords * kWordBits;                                 // features summed before the row scale
-static constexpr int64_t kDecodeRows = 16;                                                  // decode_tile up to here, gemm_tile beyond
-static constexpr int64_t kGemmRows = 4;                                                     // rows tabulated side by side by gemm_tile
+static constexpr int64_t kDecodeRows = 16;                                                  // rows looked up per pass over the signs
 
-static BITDELTA_INLINE int64_t words(int64_t features) { return (features + kWordBits - 1) / kWordBits; }
+static inline int64_t words(int64_t features) { return (features + kWordBits - 1) / kWordBits; }
 
 // Floats of one prepared operand of a row of K features (a row has one operand, or one per plane where there is a col_scale).
 static inline int64_t table_floats(int64_t K) { return words(K) * kWordTable; }
@@ -180,7 +185,7 @@ static inline int64_t decode_tile_n(int64_t N, int64_t threads) {
 }
 
 // Rows and outputs per gemm tile: wide enough that tabulating x is lost in the lookups, small enough to stay in the caches.
-static inline int64_t gemm_tile_m() { return 16; }
+static inline int64_t gemm_tile_m() { return kDecodeRows; }
 static inline int64_t gemm_tile_n(int64_t N) { return std::min<int64_t>((N + kBlockN - 1) / kBlockN * kBlockN, 1024); }
 
 // One slot of one parameter's bank.
@@ -253,13 +258,21 @@ struct Bits {
   alignas(64) uint32_t at[kBlockWords * kBlockN];
 };
 
-// Transposes `count` words of `outputs` rows of signs; absent outputs get zeros. `ahead`: words from here to what will be read
-// next, to be prefetched.
-static inline void load_bits(const int32_t* signs, int64_t W, int64_t count, int64_t outputs, int64_t ahead, Bits& bits) {
-  if (ahead != 0) {
-    for (int64_t row = 0; row < kBlockN; ++row)
-      BITDELTA_PREFETCH(reinterpret_cast<uintptr_t>(signs) + static_cast<uintptr_t>((ahead + row * W) * 4));
+// The signs to be read next, fetched a few lines at a time while others are looked up: all at once they overrun the miss buffers
+// and the processor drops them. An address, not a pointer: it may lie past the end.
+struct Next {
+  uintptr_t at;    // 0: nothing
+  int64_t stride;  // bytes from row to row
+
+  BITDELTA_INLINE void fetch(int64_t word) const {
+    constexpr int64_t each = (kBlockN + kBlockWords - 1) / kBlockWords;
+    if (at == 0) return;
+    for (int64_t row = word * each; row < std::min((word + 1) * each, kBlockN); ++row) BITDELTA_PREFETCH(at + static_cast<uintptr_t>(row * stride));
   }
+};
+
+// Transposes `count` words of `outputs` rows of signs; absent outputs get zeros.
+static inline void load_bits(const int32_t* signs, int64_t W, int64_t count, int64_t outputs, Bits& bits) {
   for (int64_t row = 0; row < kBlockN; row += Lanes::lanes) {
     for (int64_t word = 0; word < count; word += 4) {
       uint32_t* out = bits.at + word * kBlockN + row;
@@ -277,16 +290,20 @@ static inline void load_bits(const int32_t* signs, int64_t W, int64_t count, int
 
 // y[r][n] += row_scale[n] * (sum over the block) for R rows and kBlockN outputs.
 template <int64_t R>
-static inline void look_up(const Bits& bits, int64_t count, const float* const* tables, const float* row_scale, float* y, int64_t ldy) {
+static inline void look_up(const Bits& bits, int64_t count, const float* const* tables, const float* row_scale, Next next, float* y, int64_t ldy) {
   constexpr int64_t B = Lanes::blocks, L = Lanes::lanes;
-  typename Lanes::Float sum[R][B];
+  typename Lanes::Float sum[R][B], one = Lanes::ones();
+#if defined(__GNUC__) && !defined(BITDELTA_PORTABLE)
+  __asm__("" : "+v"(one));  // or the compiler would turn the multiplication back into an addition
+#endif
   for (int64_t r = 0; r < R; ++r)
     for (int64_t b = 0; b < B; ++b) sum[r][b] = Lanes::zero();
   for (int64_t word = 0; word < count; ++word) {
+    next.fetch(word);
     typename Lanes::Words v[B];
     for (int64_t b = 0; b < B; ++b) v[b] = Lanes::load_words(bits.at + word * kBlockN + b * L);
 #if defined(__GNUC__)
-#pragma GCC unroll 16
+#pragma GCC unroll 1  // unrolled, gcc's scheduler hoists the lookups until the registers spill: half the speed
 #endif
     for (int64_t group = 0; group < kGroups; ++group) {
       for (int64_t r = 0; r < R; ++r) {
@@ -296,7 +313,7 @@ static inline void look_up(const Bits& bits, int64_t count, const float* const* 
 #else
         const typename Lanes::Float table = Lanes::load(entries);
 #endif
-        for (int64_t b = 0; b < B; ++b) sum[r][b] = Lanes::add(sum[r][b], Lanes::lookup(table, v[b]));
+        for (int64_t b = 0; b < B; ++b) sum[r][b] = Lanes::add(Lanes::lookup(table, v[b]), sum[r][b], one);
       }
       for (int64_t b = 0; b < B; ++b) v[b] = Lanes::next_group(v[b]);
     }
@@ -308,97 +325,94 @@ static inline void look_up(const Bits& bits, int64_t count, const float* const* 
     }
 }
 
-// All rows of one block, in the widest steps that fit; `tables[i]` points at the block's part of row i's table.
-static inline void block_rows(const Bits& bits, int64_t count, const float* const* tables, int64_t rows, const float* row_scale, float* y, int64_t ldy) {
+// All rows (at most kDecodeRows), in the widest steps that fit the registers.
+static inline void look_up_whole(const Bits& bits, int64_t count, const float* const* tables, int64_t rows, const float* row_scale, Next next, float* y,
+                                 int64_t ldy) {
   int64_t r = 0;
   if constexpr (Lanes::rows >= 4) {
-    for (; r + 4 <= rows; r += 4) look_up<4>(bits, count, tables + r, row_scale, y + r * ldy, ldy);
+    for (; r + 4 <= rows; r += 4) look_up<4>(bits, count, tables + r, row_scale, r == 0 ? next : Next{0, 0}, y + r * ldy, ldy);
   }
   if constexpr (Lanes::rows >= 2) {
-    for (; r + 2 <= rows; r += 2) look_up<2>(bits, count, tables + r, row_scale, y + r * ldy, ldy);
+    for (; r + 2 <= rows; r += 2) look_up<2>(bits, count, tables + r, row_scale, r == 0 ? next : Next{0, 0}, y + r * ldy, ldy);
   }
-  for (; r < rows; ++r) look_up<1>(bits, count, tables + r, row_scale, y + r * ldy, ldy);
+  for (; r < rows; ++r) look_up<1>(bits, count, tables + r, row_scale, r == 0 ? next : Next{0, 0}, y + r * ldy, ldy);
 }
 
-// `block_rows` for at most kDecodeRows rows and outputs [n, n + outputs); where the block is not whole, in a padded copy: the same
-// instructions, hence the same results.
-static inline void block(const Delta& d, const Bits& bits, int64_t count, const float* const* tables, int64_t rows, int64_t plane, int64_t n,
-                         int64_t outputs, float* y, int64_t ldy) {
+// The same for any outputs [n, n + outputs) of one block. Where the block is not whole, in a padded copy: the same instructions, hence
+// the same results.
+static inline void look_up_rows(const Delta& d, const Bits& bits, int64_t count, const float* const* tables, int64_t rows, int64_t plane, int64_t n,
+                                int64_t outputs, Next next, float* y, int64_t ldy) {
   const float* row_scale = d.row_scale + plane * d.N + n;
   if (outputs == kBlockN) {
-    block_rows(bits, count, tables, rows, row_scale, y, ldy);
+    look_up_whole(bits, count, tables, rows, row_scale, next, y, ldy);
     return;
   }
   float scale[kBlockN] = {};
   float copy[kDecodeRows * kBlockN] = {};
   std::copy(row_scale, row_scale + outputs, scale);
   for (int64_t r = 0; r < rows; ++r) std::copy(y + r * ldy, y + r * ldy + outputs, copy + r * kBlockN);
-  block_rows(bits, count, tables, rows, scale, copy, kBlockN);
+  look_up_whole(bits, count, tables, rows, scale, next, copy, kBlockN);
   for (int64_t r = 0; r < rows; ++r) std::copy(copy + r * kBlockN, copy + r * kBlockN + outputs, y + r * ldy);
+}
+
+// ---- tiles -----------------------------------------------------------------------------------------------------------------------
+
+// Adds one block of features, starting at `word`, of one plane to y[i, n - n0] for n in [n0, n1).
+static inline void add_block(const Delta& d, int64_t plane, int64_t word, const float* const* tables, int64_t rows, int64_t n0, int64_t n1,
+                             float* y, int64_t ldy) {
+  const int64_t W = words(d.K), count = std::min(kBlockWords, W - word);
+  const auto address = [&](int64_t n, int64_t w) { return reinterpret_cast<uintptr_t>(d.signs) + static_cast<uintptr_t>(((plane * d.N + n) * W + w) * 4); };
+  Bits bits;
+  for (int64_t n = n0; n < n1; n += kBlockN) {
+    Next next{0, W * 4};
+    if (n + kBlockN < n1) next.at = address(n + kBlockN, word);
+    else if (word + count < W) next.at = address(n0, word + count);
+    load_bits(d.signs + (plane * d.N + n) * W + word, W, count, std::min(kBlockN, n1 - n), bits);
+    look_up_rows(d, bits, count, tables, rows, plane, n, std::min(kBlockN, n1 - n), next, y + n - n0, ldy);
+  }
 }
 
 static inline void clear(int64_t rows, int64_t outputs, float* y, int64_t ldy) {
   for (int64_t r = 0; r < rows; ++r) std::fill(y + r * ldy, y + r * ldy + outputs, 0.0f);
 }
 
-// ---- tiles -----------------------------------------------------------------------------------------------------------------------
-
 // y[i, n - n0] for n in [n0, n1) and prepared rows i of one tenant, overwritten.
-//   tables: `rows` pointers filled by prepare.  y: fp32, rows `ldy` floats apart.
+//   tables: `rows` pointers filled by prepare, at most kDecodeRows.  y: fp32, rows `ldy` floats apart.
 static inline void decode_tile(const Delta& d, const float* const* tables, int64_t rows, int64_t n0, int64_t n1, float* y, int64_t ldy) {
-  const int64_t W = words(d.K), operand = d.has_col_scale ? table_floats(d.K) : 0;
-  Bits bits;
+  const float* part[kDecodeRows];
   clear(rows, n1 - n0, y, ldy);
-  for (int64_t n = n0; n < n1; n += kBlockN) {
-    const int64_t outputs = std::min(kBlockN, n1 - n);
-    const int64_t ahead = n + kBlockN < n1 ? kBlockN * W : 0;
-    for (int64_t word = 0; word < W; word += kBlockWords) {
-      const int64_t count = std::min(kBlockWords, W - word);
-      for (int64_t plane = 0; plane < d.planes; ++plane) {
-        load_bits(d.signs + (plane * d.N + n) * W + word, W, count, outputs, ahead, bits);
-        for (int64_t r = 0; r < rows; r += kDecodeRows) {
-          const int64_t some = std::min(kDecodeRows, rows - r);
-          const float* part[kDecodeRows];
-          for (int64_t i = 0; i < some; ++i) part[i] = tables[r + i] + plane * operand + word * kWordTable;
-          block(d, bits, count, part, some, plane, n, outputs, y + r * ldy + n - n0, ldy);
-        }
-      }
+  for (int64_t word = 0; word < words(d.K); word += kBlockWords) {
+    for (int64_t plane = 0; plane < d.planes; ++plane) {
+      for (int64_t i = 0; i < rows; ++i) part[i] = tables[i] + (d.has_col_scale ? plane * table_floats(d.K) : 0) + word * kWordTable;
+      add_block(d, plane, word, part, rows, n0, n1, y, ldy);
     }
   }
 }
 
 // y[i, n - n0] for n in [n0, n1) and `rows` rows of x of one tenant, overwritten.
 //   x: T, element k of row m at x[m * row_stride + k * stride].  index: the rows' numbers m, or null for 0, 1, ... rows - 1.
-//   col_scale: fp32 [P, K], or null.
+//   col_scale: fp32 [P, K], or null.  Takes 130 KB of stack.
 template <typename T, typename Index = int64_t>
 static inline void gemm_tile(const Delta& d, const float* col_scale, const T* x, int64_t row_stride, int64_t stride, const Index* index, int64_t rows,
                              int64_t n0, int64_t n1, float* y, int64_t ldy) {
-  const int64_t W = words(d.K);
-  Bits bits;
-  alignas(64) float table[kGemmRows * kBlockWords * kWordTable];
+  alignas(64) float table[kDecodeRows * kBlockWords * kWordTable];
   float wide[kBlockK];
+  const float* part[kDecodeRows];
+  for (int64_t i = 0; i < kDecodeRows; ++i) part[i] = table + i * kBlockWords * kWordTable;
   clear(rows, n1 - n0, y, ldy);
-  for (int64_t r = 0; r < rows; r += kGemmRows) {
-    const int64_t some = std::min(kGemmRows, rows - r);
-    for (int64_t word = 0; word < W; word += kBlockWords) {
-      const int64_t count = std::min(kBlockWords, W - word);
-      const int64_t features = std::min(kBlockK, d.K - word * kWordBits);
-      const float* part[kGemmRows];
+  for (int64_t first = 0; first < rows; first += kDecodeRows) {
+    const int64_t some = std::min(kDecodeRows, rows - first);
+    for (int64_t word = 0; word < words(d.K); word += kBlockWords) {
+      const int64_t k = word * kWordBits, count = std::min(kBlockK, d.K - k);
       for (int64_t plane = 0; plane < d.planes; ++plane) {
         if (plane == 0 || col_scale != nullptr) {
           for (int64_t i = 0; i < some; ++i) {
-            const int64_t m = index != nullptr ? static_cast<int64_t>(index[r + i]) : r + i;
-            float* to = table + i * kBlockWords * kWordTable;
-            widen(x + m * row_stride, stride, col_scale != nullptr ? col_scale + plane * d.K : nullptr, word * kWordBits, features, wide);
-            tabulate(wide, count, to);
-            part[i] = to;
+            const int64_t m = index != nullptr ? static_cast<int64_t>(index[first + i]) : first + i;
+            widen(x + m * row_stride, stride, col_scale != nullptr ? col_scale + plane * d.K : nullptr, k, count, wide);
+            tabulate(wide, words(count), table + i * kBlockWords * kWordTable);
           }
         }
-        for (int64_t n = n0; n < n1; n += kBlockN) {
-          const int64_t outputs = std::min(kBlockN, n1 - n);
-          load_bits(d.signs + (plane * d.N + n) * W + word, W, count, outputs, 0, bits);
-          block(d, bits, count, part, some, plane, n, outputs, y + r * ldy + n - n0, ldy);
-        }
+        add_block(d, plane, word, part, some, n0, n1, y + first * ldy, ldy);
       }
     }
   }
