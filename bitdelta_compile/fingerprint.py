@@ -56,23 +56,37 @@ class Fingerprint:
         pairs = match_names(self.names, [*checkpoint.names(), *checkpoint.tied])
         wrong: list[str] = []
         found: list[Tensor] = []
-        for name, shape, kept in zip(self.names, self.shapes, self.samples.float(), strict=True):
-            if name not in pairs:
-                wrong.append(f"{name} is missing")
-            elif checkpoint.shape(pairs[name]) != shape:
-                wrong.append(f"{name} has shape {list(checkpoint.shape(pairs[name]))}, not {list(shape)}")
-            else:
-                sample = _sample(checkpoint.tensor(pairs[name]))
-                found.append(sample)
-                off = ~_same_value(sample, kept)
-                if bool(off.any()):
-                    wrong.append(f"{name} holds {sample[off][0]:.6g} where the base has {kept[off][0]:.6g}")
+        for name in self.names:
+            tensor = checkpoint.tensor(pairs[name]) if name in pairs else None
+            difference = self.difference(name, tensor)
+            if difference is not None:
+                wrong.append(difference)
+            elif tensor is not None:
+                found.append(_sample(tensor))
         if wrong:
             raise BaseMismatchError(
                 f"{checkpoint.source} is not the base this delta was made for: {wrong[0]}"
                 f" ({len(wrong)} of {len(self.names)} parameters differ); give the base that it was compressed against"
             )
         return "exact" if _digest(_stack(found)) == self.digest else "up to bf16 rounding"
+
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one of the base's parameters."""
+        return self.shapes[self.names.index(name)]
+
+    def difference(self, name: str, tensor: Tensor | None) -> str | None:
+        """In what way `tensor` cannot be a copy of the base's parameter `name`; None when it can."""
+        row = self.names.index(name)
+        if tensor is None:
+            return f"{name} is missing"
+        if tuple(tensor.shape) != self.shapes[row]:
+            return f"{name} has shape {list(tensor.shape)}, not {list(self.shapes[row])}"
+        sample, kept = _sample(tensor), self.samples[row].float()
+        off = ~_same_value(sample, kept)
+        if not bool(off.any()):
+            return None
+        return f"{name} holds {sample[off][0]:.6g} where the base has {kept[off][0]:.6g}"
 
 
 def _positions(count: int) -> list[int]:

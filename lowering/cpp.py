@@ -1,7 +1,7 @@
-"""`bitdelta::delta_linear` as an Inductor C++ template: everything here subclasses or calls Inductor's private template API.
+"""`bitdelta::delta_linear` as an Inductor C++ template, the one place that subclasses Inductor's template API.
 
-`DeltaLinearTemplate` fills kernels/delta_linear.cpp.jinja, whose loops call the device functions of kernels/cpu_tile.h; both
-end up inside the generated C++, so an AOTInductor package needs nothing of ours.
+`DeltaLinearTemplate` fills kernels/delta_linear.cpp.jinja, whose loops call the device functions of kernels/cpu_tile.h;
+both end up inside the generated C++, so an AOTInductor package needs nothing of ours.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DeltaLinearTemplate(CppTemplate):  # type: ignore[misc]
         **kwargs: Any,
     ) -> str:
         buffer: Any = self.output_node if template_buffer_node is None else template_buffer_node
-        # source: what the fused consumers know the tile of accumulators by; result: the last of them, where the tile goes.
+        # source: the name by which fused consumers know the tile of accumulators; result: the last of them.
         source, result, result_2d = buffer, buffer, buffer
         epilogues: list[Any] = []
         reindexers: list[Any] = []
@@ -74,27 +74,27 @@ class DeltaLinearTemplate(CppTemplate):  # type: ignore[misc]
             )
         signs = self.inputs["Signs"].get_size()
         left = self.inputs["Left"]
-        options = dict(
-            kernel=kernel,
-            template=self,
-            inputs={name: node for name, node in self.inputs.items() if node is not None},
-            X=self.inputs["X"],
-            Tenant=self.inputs["Tenant"],
-            Y=result,
-            Y_2d=result_2d,
-            Out=source,
-            aliases={alias: result.get_name() for alias in aliases},
-            epilogue_nodes=epilogues,
-            reindexers=reindexers,
-            has_col_scale=self.inputs["ColScale"] is not None,
-            K=self.features,
-            T=int(signs[0]),
-            P=int(signs[1]),
-            N=int(signs[2]),
-            rank=0 if left is None else int(left.get_size()[2]),
-            num_threads=self.num_threads,
-            export_declaration=get_export_declaration(),
-        )
+        options = {
+            "kernel": kernel,
+            "template": self,
+            "inputs": {name: node for name, node in self.inputs.items() if node is not None},
+            "X": self.inputs["X"],
+            "Tenant": self.inputs["Tenant"],
+            "Y": result,
+            "Y_2d": result_2d,
+            "Out": source,
+            "aliases": {alias: result.get_name() for alias in aliases},
+            "epilogue_nodes": epilogues,
+            "reindexers": reindexers,
+            "has_col_scale": self.inputs["ColScale"] is not None,
+            "K": self.features,
+            "T": int(signs[0]),
+            "P": int(signs[1]),
+            "N": int(signs[2]),
+            "rank": 0 if left is None else int(left.get_size()[2]),
+            "num_threads": self.num_threads,
+            "export_declaration": get_export_declaration(),
+        }
         with patch.object(V.graph, "get_dtype", self._fake_get_dtype(source)):
             return str(self._template_from_string(kernel_source("delta_linear.cpp.jinja")).render(**options))
 

@@ -1,10 +1,10 @@
 """The op surface: `bitdelta::delta_linear`, `bitdelta::delta_embedding`, their eager and fake kernels, their gradients.
 
 Sizes: M rows, N out, K in, T slots, P planes, W = ceil(K / 32) words, R row-index length, r rank. Every op takes the
-tensors of one parameter, stacked over slots: signs int32 [T, P, N, W], row_scale fp32 [T, P, N], col_scale fp32 [T, P, K]
-or None, left bf16 [T, N, r] and right bf16 [T, r, K] or None; and the row index tenant int32 [R] or None, which means
-slot 0. Row m of the M flattened rows belongs to entry m // (M // R); an entry that is not a slot (-1 is the base) gets
-exact zeros.
+tensors of one parameter, stacked over slots: signs int32 [T, P, N, W], row_scale fp32 [T, P, N], col_scale fp32
+[T, P, K] or None, left bf16 [T, N, r] and right bf16 [T, r, K] or None; and the row index tenant int32 [R] or None,
+which means slot 0. Row m of the M flattened rows belongs to entry m // (M // R); an entry that is not a slot (-1 is
+the base) gets exact zeros.
 
 The eager kernels here run on any device. They unpack at most `BLOCK` signs at a time, and what they compute for a row
 does not depend on the row index of the others: every product covers all rows, and the rows of the slot are selected

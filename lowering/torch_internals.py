@@ -48,6 +48,20 @@ def mark_added_input(node: fx.Node) -> None:
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
+def static_example(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that we add, as an example input: fake and of fixed shape.
+
+    AOTAutograd gives symbolic sizes to real tensors that it does not know from Dynamo, and the graph would then be
+    specialised, and recompiled, on their relations to the batch size.
+    """
+    from torch._guards import TracingContext
+
+    tracing = TracingContext.try_get()
+    if tracing is None or tracing.fake_mode is None:
+        return tensor
+    return tracing.fake_mode.from_tensor(tensor, static_shapes=True)
+
+
 def concrete(value: Any) -> Any:
     """A symbolic size as the plain number it has in this call, without a guard on it; anything else unchanged."""
     if isinstance(value, torch.SymInt):

@@ -128,5 +128,8 @@ def _flat(args: Any) -> list[Any]:
 
 
 def op_name(node: fx.Node) -> str:
+    """The name a reader knows the call by: "linear", "bitdelta.delta_linear", "transpose"."""
     target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target.name().split('::')[1].split('.')[0]}"
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -26,7 +26,7 @@ from .patterns import LinearUse, View, drop_bias, embedding_ids, linear_use, op_
 
 log = logging.getLogger("bitdelta_compile")
 
-Role = Literal["same", "sign", "dense", "rows"]
+STEMS_FROM = "bitdelta_stems_from"  # node.meta: the node of the original graph that an added node serves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,11 @@ class Context:
             None if tensor is None else self.input(parameter, field, tensor.unsqueeze(0))
             for field, tensor in tensors.items()
         )
+
+    def input_names(self) -> dict[str, str]:
+        """Placeholder name -> qualified name of the parameter, or of the tensor of its delta."""
+        named = {node.name: parameter.name for node, parameter in self.parameters.items()}
+        return named | {node.name: f"{name}.{field}" for (name, field), node in self._inputs.items()}
 
     def record(self, parameter: Parameter, node: fx.Node, action: str) -> None:
         self.uses.append(Use(parameter.name, op_name(node), node.name, action))
@@ -253,6 +258,10 @@ class _Insertion:
         self.added: list[fx.Node] = []
 
     def _keep(self, node: fx.Node) -> fx.Node:
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in self.first.meta:
+                node.meta[key] = self.first.meta[key]
+        node.meta[STEMS_FROM] = self.first.name
         self.last = node
         self.added.append(node)
         return node

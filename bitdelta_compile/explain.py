@@ -1,0 +1,191 @@
+"""What the backend did to a compiled model: each parameter's encoding, bytes and uses; and the graphs themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .delta import Delta
+from .encodings import Encoding
+from .errors import BitDeltaError
+from .graph.patterns import op_name
+from .graph.rewrite import STEMS_FROM, Context, Use
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One parameter.
+
+    Attributes:
+        name: qualified name in the base.
+        kind: of encoding; "own" for a parameter the base does not have.
+        weights: elements of the tuned parameter.
+        tuned_bytes: of the tuned parameter, dense.
+        delta_bytes: of its encoding.
+        actions: what became of its uses, without repeats.
+    """
+
+    name: str
+    kind: str
+    weights: int
+    tuned_bytes: int
+    delta_bytes: int
+    actions: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Node:
+    """A node of a rewritten graph as text, and the node of the original graph that it stems from."""
+
+    text: str
+    stems_from: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Graph:
+    """One compiled graph, kept for as long as a parameter of it lives."""
+
+    nodes: tuple[_Node, ...]
+    uses: tuple[Use, ...]
+    encodings: dict[str, Encoding]
+
+
+_graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> list[_Graph]
+
+
+def remember(context: Context, example_inputs: Sequence[Any]) -> None:
+    """Keep what was done to a graph, under the parameters that the caller's model passes."""
+    names = context.input_names()
+    nodes = tuple(
+        _Node(_assignment(node, names), node.meta.get(STEMS_FROM, node.name))
+        for node in context.graph.nodes
+        if node.op not in ("placeholder", "output")
+    )
+    encodings = {parameter.name: parameter.encoding for parameter in context.parameters.values()}
+    record = _Graph(nodes, tuple(context.uses), encodings)
+    for value in example_inputs:
+        if isinstance(value, nn.Parameter):
+            _graphs.setdefault(value, []).append(record)
+
+
+class Explanation:
+    """What became of each parameter. `str()` is a table; `graph()` is the rewritten graph, or one layer of it."""
+
+    def __init__(self, lines: Sequence[Line], graphs: Sequence[_Graph] = ()) -> None:
+        self.lines = tuple(lines)
+        self._graphs = tuple(graphs)
+
+    @property
+    def tuned_bytes(self) -> int:
+        """Bytes of the tuned parameters, dense."""
+        return sum(line.tuned_bytes for line in self.lines)
+
+    @property
+    def delta_bytes(self) -> int:
+        """Bytes of their encodings."""
+        return sum(line.delta_bytes for line in self.lines)
+
+    def graph(self, layer: str | None = None) -> str:
+        """The rewritten graphs as text, one node a line.
+
+        Args:
+            layer: only what belongs to the parameters whose names begin so, such as "encoder.layer.0.attention".
+        """
+        return "\n\n".join(text for graph in self._graphs if (text := _text(graph, layer)))
+
+    def __str__(self) -> str:
+        rows = [("parameter", "encoding", "weights", "tuned bytes", "delta bytes", "in the graph")]
+        for line in self.lines:
+            figures = (f"{line.weights:,}", f"{line.tuned_bytes:,}", f"{line.delta_bytes:,}")
+            rows.append((line.name, line.kind, *figures, "; ".join(line.actions)))
+        weights = sum(line.weights for line in self.lines)
+        rows.append(("all", "", f"{weights:,}", f"{self.tuned_bytes:,}", f"{self.delta_bytes:,}", ""))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        numeric = (2, 3, 4)
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if column in numeric else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+
+def explain(subject: nn.Module | Delta) -> Explanation:
+    """What was rewritten, encoded how, in how many bytes.
+
+    Args:
+        subject: a model compiled with backend "bitdelta" that has run at least once, or a delta.
+
+    Raises:
+        BitDeltaError: no graph of the model has been compiled yet.
+    """
+    if isinstance(subject, Delta):
+        return Explanation([_line(name, encoding) for name, encoding in subject.encodings.items()])
+    model = getattr(subject, "_orig_mod", subject)
+    graphs: list[_Graph] = []
+    own: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        own[name] = parameter
+        graphs.extend(graph for graph in _graphs.get(parameter, ()) if graph not in graphs)
+    if not graphs:
+        raise BitDeltaError('nothing to explain yet: compile the model with backend="bitdelta" and call it once')
+    encodings = {name: encoding for graph in graphs for name, encoding in graph.encodings.items()}
+    lines = [
+        _line(
+            name,
+            encoding,
+            tuple(dict.fromkeys(use.action for graph in graphs for use in graph.uses if use.name == name)),
+        )
+        for name, encoding in encodings.items()
+    ]
+    lines += [
+        Line(name, "own", parameter.numel(), parameter.nbytes, parameter.nbytes, ("the model's own tensor",))
+        for name, parameter in own.items()
+        if name not in encodings and not any(name.endswith(known) or known.endswith(name) for known in encodings)
+    ]
+    return Explanation(lines, graphs)
+
+
+def _line(name: str, encoding: Encoding, actions: tuple[str, ...] = ()) -> Line:
+    weights = math.prod(encoding.shape)
+    return Line(name, encoding.kind, weights, weights * encoding.dtype.itemsize, encoding.nbytes, actions)
+
+
+def _text(graph: _Graph, layer: str | None) -> str:
+    """Nodes of a graph, one a line; with `layer`, the uses of its parameters and what was added to them."""
+    if layer is None:
+        return "\n".join(node.text for node in graph.nodes)
+    wanted = {use.node for use in graph.uses if use.name.startswith(layer)}
+    return "\n".join(node.text for node in graph.nodes if node.stems_from in wanted)
+
+
+def _assignment(node: fx.Node, names: Mapping[str, str]) -> str:
+    """`name = op(arguments)`, with parameters by their qualified names."""
+    arguments = [_operand(arg, names) for arg in node.args]
+    if node.target is operator.add and len(arguments) == 2:
+        return f"{node.name} = {arguments[0]} + {arguments[1]}"
+    while arguments and arguments[-1] == "None":
+        arguments.pop()
+    arguments += [f"{key}={_operand(arg, names)}" for key, arg in node.kwargs.items()]
+    return f"{node.name} = {op_name(node)}({', '.join(arguments)})"
+
+
+def _operand(arg: Any, names: Mapping[str, str]) -> str:
+    if isinstance(arg, fx.Node):
+        return names.get(arg.name, arg.name)
+    if isinstance(arg, list | tuple):
+        return f"({', '.join(_operand(each, names) for each in arg)})"
+    return repr(arg)
+
+
+def iterate(explanation: Explanation) -> Iterator[dict[str, Any]]:
+    """The lines as plain dictionaries, for JSON."""
+    for line in explanation.lines:
+        yield dataclasses.asdict(line)
