@@ -1,0 +1,103 @@
+"""Compress a fine-tune against its base: base + tuned -> `Delta`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import Checkpoint, match_names, open_checkpoint
+from ..delta import Delta
+from ..encodings import Encoding
+from ..errors import BaseMismatchError
+from .configs import check_buffers, check_configs
+from .encode import Method, Settings, encode
+from .workload import prepare
+
+__all__ = ["Settings", "compress", "encode"]
+
+
+def compress(
+    base: nn.Module | str | Path,
+    tuned: nn.Module | str | Path,
+    calibration: Iterable[str] | Iterable[Mapping[str, Any]] | None = None,
+    *,
+    method: Method = "closed_form",
+    planes: int = 1,
+    rank: int = 0,
+    tokens: int = 2048,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Delta:
+    """Compress `tuned` to a delta against `base`.
+
+    Args:
+        base, tuned: loaded modules, checkpoint folders, or hub ids.
+        calibration: what the tuned model runs on to fit scales: None (random tokens), texts, or mappings of forward
+            arguments.
+        method: `closed_form` (least squares on the layers' inputs), or `mean_abs`: one scale per matrix from the
+            weights (BitDelta's start, arXiv 2402.10193); folders are then read tensor by tensor, no model is loaded.
+        planes: bits per weight, 1 to 4.  rank: of the low-rank part fitted after the signs.
+        tokens: of random or text calibration.  seed: of random tokens.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The delta; `report["parameters"][name]["error"]` is the relative error of that matrix's part of the output.
+
+    Raises:
+        BaseMismatchError: no parameter in common, another graph (config, buffers), or weights unrelated to the base's.
+        BitDeltaError: NaN or infinite weights.  CalibrationError: calibration that is empty or gives NaN.
+        CheckpointError: a source that cannot be read.  ValueError: an option out of range.
+    """
+    settings = Settings(method, planes, rank)
+    ours, theirs = open_checkpoint(base), open_checkpoint(tuned)
+    names = match_names(theirs.names(), [*ours.names(), *ours.tied])
+    if not any(ours.shape(there) == theirs.shape(name) for name, there in names.items()):
+        raise BaseMismatchError(
+            f"{theirs.source} and {ours.source} have no parameter in common (same name and shape): "
+            "give the model that was fine-tuned as the base"
+        )
+    check_configs(ours, theirs)
+    if isinstance(base, nn.Module) and isinstance(tuned, nn.Module):
+        check_buffers(base, tuned, names)
+    _check_integers(ours, theirs, names)
+    workload = prepare(tuned, theirs, calibration, settings, tokens=tokens, seed=seed, progress=progress)
+    encodings, figures = encode(
+        {name: ours.tensor(there) for name, there in names.items()},
+        {name: theirs.tensor(name) for name in theirs.names()},
+        workload.forward,
+        settings,
+        handles=workload.handles,
+        copy=isinstance(tuned, nn.Module),
+        progress=progress,
+    )
+    _check_related(ours, theirs, encodings, settings)
+    options: dict[str, Any] = {"method": method, "planes": planes, "rank": rank, "tokens": tokens, "seed": seed}
+    options["calibration"] = "given" if calibration is not None else "random" if workload.forward else "none"
+    return Delta.of(ours, theirs, encodings, options=options, report={"parameters": figures})
+
+
+def _check_integers(ours: Checkpoint, theirs: Checkpoint, names: Mapping[str, str]) -> None:
+    """Integer tensors are tables of the graph (position ids) or quantized weights: neither has a delta."""
+    for name, there in names.items():
+        mine, other = ours.tensor(there), theirs.tensor(name)
+        if mine.is_floating_point() and other.is_floating_point():
+            continue
+        if mine.shape != other.shape or not torch.equal(mine.to(other.device, other.dtype), other):
+            raise BaseMismatchError(
+                f"{name} is not floating point ({other.dtype}, the base's {mine.dtype}) and differs from the base's: "
+                "only floating-point weights have deltas; give unquantized checkpoints of one architecture"
+            )
+
+
+def _check_related(ours: Checkpoint, theirs: Checkpoint, encodings: Mapping[str, Encoding], settings: Settings) -> None:
+    """Matrices that all have to be stored outright mean that this is no fine-tune of the base."""
+    matrices = [e for e in encodings.values() if len(e.shape) == 2 and e.shape[0] * e.shape[1] >= settings.min_elements]
+    if matrices and all(encoding.kind == "dense" for encoding in matrices):
+        raise BaseMismatchError(
+            f"none of the {len(matrices)} matrices of {theirs.source} is near that of {ours.source}: "
+            "it is no fine-tune of this base; give the model that was fine-tuned"
+        )

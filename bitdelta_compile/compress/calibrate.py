@@ -37,6 +37,12 @@ def vocabulary(model: nn.Module) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Of the model's first parameter."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
 def _sequence_length(model: nn.Module, wanted: int) -> int:
     limit = getattr(_text_config(model), "max_position_embeddings", None)
     if isinstance(limit, int) and limit > RESERVED_POSITIONS:
@@ -124,15 +130,15 @@ def make_batches(
     seed: int,
 ) -> list[Batch]:
     """Batches for `model` from whatever the caller gave; `tokenizer` is called only for texts."""
-    first_parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if first_parameter is None else first_parameter.device
+    device = device_of(model)
     if tokens < 1:
         raise CalibrationError(f"tokens must be at least 1, got {tokens}")
     if calibration is None:
         return random_tokens(model, tokens, seed, device)
-    items = [calibration] if isinstance(calibration, str) else list(calibration)
-    if items and all(isinstance(item, str) for item in items):
-        return text_batches(model, items, tokenizer(), tokens, device)
+    items: list[Any] = [calibration] if isinstance(calibration, str) else list(calibration)
+    texts = [item for item in items if isinstance(item, str)]
+    if texts and len(texts) == len(items):
+        return text_batches(model, texts, tokenizer(), tokens, device)
     return given_batches(items, device)
 
 

@@ -84,7 +84,7 @@ def _einsum(*operands: Any) -> _Reading:
         if len(terms) != 2 or len(terms[matrix]) != 2 or "." in terms[matrix] or not terms[other] or not result:
             continue
         rows_first = terms[matrix][1] == terms[other][-1]
-        out_feature, in_feature = terms[matrix] if rows_first else terms[matrix][::-1]
+        in_feature, out_feature = terms[matrix][rows_first], terms[matrix][not rows_first]
         plain = terms[other].count(in_feature) == 1 and out_feature not in terms[other]
         if plain and terms[other][:-1] + in_feature == terms[other] and result == terms[other][:-1] + out_feature:
             found.append(_Product(operands[1 + matrix], operands[1 + other], rows_first))
@@ -130,10 +130,10 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The bytes of its storage that a tensor reaches."""
-    first = tensor.storage_offset() * tensor.element_size()
+    first = int(tensor.storage_offset()) * tensor.element_size()
     if tensor.numel() == 0:
         return first, first
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    reach = sum(int((size - 1) * stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     return first, first + reach * tensor.element_size()
 
 
