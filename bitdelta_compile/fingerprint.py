@@ -14,9 +14,8 @@ from .checkpoint import Checkpoint, match_names
 from .errors import BaseMismatchError
 
 SAMPLES = 16
-_GOLDEN = (
-    0x9E3779B97F4A7C15  # 2**64 / golden ratio: multiples of it modulo 2**64 spread evenly over any number of elements
-)
+# 2**64 / golden ratio: its multiples modulo 2**64 spread evenly over any number of elements
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,7 +68,6 @@ class Fingerprint:
                 f" ({len(wrong)} of {len(self.names)} parameters differ); give the base that it was compressed against"
             )
         return "exact" if _digest(_stack(found)) == self.digest else "up to bf16 rounding"
-
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one of the base's parameters."""

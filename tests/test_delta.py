@@ -128,6 +128,15 @@ def test_materialize_applies_every_encoding(tmp_path) -> None:
     assert {tensor.dtype for tensor in full.values()} == {torch.float32, torch.int64}
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_unpacking_in_blocks_makes_no_difference(monkeypatch, transposed) -> None:
+    shape = (37, 11) if transposed else (11, 37)
+    encoding = sign(shape, planes=2, col=True, rank=3, transposed=transposed)
+    base = torch.randn(shape)
+    monkeypatch.setattr(encodings_module, "_BLOCK", 4 * 37)
+    torch.testing.assert_close(encoding.apply(base), base + encoding.delta(), rtol=0, atol=1e-6)
+
+
 def test_materialize_leaves_the_base_alone() -> None:
     base, encodings = every_encoding()
     before = {name: base.tensor(name).clone() for name in base.names()}
@@ -334,7 +343,9 @@ def test_a_body_serves_as_base_and_a_vocabulary_may_grow(tmp_path) -> None:
     base, tuned = llama(), llama(vocabulary=43)
     opened = open_checkpoint(base)
     delta = Delta.of(opened, open_checkpoint(tuned), encode_model(opened, open_checkpoint(tuned)))
+    delta.side_files["config.json"]["torch_dtype"] = "float32"
     delta.save_pretrained(base.model, tmp_path / "out", dtype=torch.bfloat16)
+    assert "torch_dtype" not in open_checkpoint(tmp_path / "out").side_files["config.json"]
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.vocab_size == 43
     assert loaded.dtype == torch.bfloat16

@@ -5,7 +5,7 @@ import torch
 
 from bitdelta_compile.checkpoint import Checkpoint
 from bitdelta_compile.errors import BaseMismatchError
-from bitdelta_compile.fingerprint import Fingerprint
+from bitdelta_compile.fingerprint import Fingerprint, _positions
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -41,6 +41,7 @@ def test_covers_floating_point_tensors() -> None:
 
 
 def test_positions_are_part_of_the_format() -> None:
+    assert _positions(2**62)[:2] == [0x9E3779B97F4A7C15 >> 2, (2 * 0x9E3779B97F4A7C15 - 2**64) >> 2]
     values = torch.arange(10**6, dtype=torch.float64).reshape(1000, 1000)
     samples = Fingerprint.of(Checkpoint("x", {"x": values.T})).samples[0]
     first = torch.tensor([values.T.flatten()[position] for position in (618033, 236067, 854101, 472135)])

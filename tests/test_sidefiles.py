@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitdelta_compile import sidefiles
@@ -26,6 +26,7 @@ values = st.recursive(
 
 
 @given(values, values)
+@example({"a": 1, "b": [0]}, {"a": True, "b": [0.0]})
 def test_any_value_is_made_of_any_other(old, new) -> None:
     patch = json.loads(json.dumps(sidefiles._diff(old, new)))
     assert sidefiles.canonical(sidefiles._patched(old, patch)) == sidefiles.canonical(new)
