@@ -54,7 +54,7 @@
 
 #if defined(__GNUC__)
 #define BITDELTA_INLINE inline __attribute__((always_inline))
-#define BITDELTA_PREFETCH(address) __builtin_prefetch(reinterpret_cast<const void*>(address))
+#define BITDELTA_PREFETCH(address) __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 1)
 #else
 #define BITDELTA_INLINE inline
 #define BITDELTA_PREFETCH(address) ((void)(address))
@@ -171,6 +171,7 @@ static constexpr int64_t kWordTable = kGroups * kEntries;                       
 static constexpr int64_t kBlockN = Lanes::lanes * Lanes::blocks;                            // outputs of one inner step
 static constexpr int64_t kBlockWords = 16;
 static constexpr int64_t kBlockK = kBlockWords * kWordBits;                                 // features summed before the row scale
+static constexpr int64_t kAhead = 2;                                                         // blocks from the signs in use to those prefetched
 static constexpr int64_t kDecodeRows = 16;                                                  // rows looked up per pass over the signs
 
 static inline int64_t words(int64_t features) { return (features + kWordBits - 1) / kWordBits; }
@@ -258,8 +259,8 @@ struct Bits {
   alignas(64) uint32_t at[kBlockWords * kBlockN];
 };
 
-// The signs to be read next, fetched a few lines at a time while others are looked up: all at once they overrun the miss buffers
-// and the processor drops them. An address, not a pointer: it may lie past the end.
+// The signs to be read next, fetched into L2 a few lines at a time while others are looked up: all at once they overrun the miss
+// buffers and the processor drops them. An address, not a pointer: it may lie past the end.
 struct Next {
   uintptr_t at;    // 0: nothing
   int64_t stride;  // bytes from row to row
@@ -365,8 +366,9 @@ static inline void add_block(const Delta& d, int64_t plane, int64_t word, const 
   Bits bits;
   for (int64_t n = n0; n < n1; n += kBlockN) {
     Next next{0, W * 4};
-    if (n + kBlockN < n1) next.at = address(n + kBlockN, word);
-    else if (word + count < W) next.at = address(n0, word + count);
+    const int64_t later = n + kAhead * kBlockN, wrapped = later - (n1 - n0 + kBlockN - 1) / kBlockN * kBlockN;
+    if (later < n1) next.at = address(later, word);
+    else if (word + count < W) next.at = address(std::max(n0, wrapped), word + count);
     load_bits(d.signs + (plane * d.N + n) * W + word, W, count, std::min(kBlockN, n1 - n), bits);
     look_up_rows(d, bits, count, tables, rows, plane, n, std::min(kBlockN, n1 - n), next, y + n - n0, ldy);
   }

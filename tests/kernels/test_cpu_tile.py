@@ -1,0 +1,169 @@
+"""The CPU op's device functions, compiled alone for each instruction set of this machine, against the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from bitdelta_compile.kernels import layout, reference
+from torch import Tensor
+
+from bitdelta_compile import kernels
+
+HEADER = Path(kernels.__file__).parent / "cpu_tile.h"
+COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+FLAGS: dict[str, list[str]] = {
+    "PORTABLE": [],
+    "AVX2": ["-mavx2", "-mfma"],
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+}
+NEEDS: dict[str, set[str]] = {
+    "PORTABLE": set(),
+    "AVX2": {"avx2", "fma"},
+    "AVX512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+}
+
+WRAPPER = r"""
+#include "cpu_tile.h"
+#include <memory>
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const { const uint32_t word = uint32_t(bits) << 16; float f; std::memcpy(&f, &word, 4); return f; }
+};
+struct Sizes { int64_t M, P, N, K, step_m, step_n; };
+template <typename T>
+static void both(const T* x, const int32_t* signs, const float* row_scale, const float* col_scale,
+                 const int64_t* index, const Sizes& s, float* decoded, float* multiplied) {
+  const bitdelta::Delta delta{signs, row_scale, s.P, s.N, s.K, col_scale != nullptr};
+  const int64_t floats = bitdelta::table_floats(s.K) * (col_scale != nullptr ? s.P : 1);
+  std::unique_ptr<float[]> tables(new float[s.M * floats]);
+  std::unique_ptr<const float*[]> rows(new const float*[s.M]);
+  for (int64_t i = 0; i < s.M; ++i) {
+    rows[i] = tables.get() + i * floats;
+    bitdelta::prepare(x + index[i] * s.K, 1, col_scale, s.P, s.K, tables.get() + i * floats);
+  }
+  for (int64_t m = 0; m < s.M; m += s.step_m)
+    for (int64_t n = 0; n < s.N; n += s.step_n) {
+      const int64_t count = std::min(s.step_m, s.M - m), end = std::min(s.N, n + s.step_n);
+      for (int64_t i = 0; i < count; i += bitdelta::kDecodeRows) {
+        const int64_t some = std::min(bitdelta::kDecodeRows, count - i);
+        bitdelta::decode_tile(delta, rows.get() + m + i, some, n, end, decoded + (m + i) * s.N + n, s.N);
+      }
+      bitdelta::gemm_tile(delta, col_scale, x, s.K, 1, index + m, count, n, end, multiplied + m * s.N + n, s.N);
+    }
+}
+#define EXPORT(NAME, T)                                                                                              \
+  extern "C" void NAME(const T* x, const int32_t* signs, const float* row_scale, const float* col_scale,             \
+                       const int64_t* index, const Sizes* sizes, float* decoded, float* multiplied) {                \
+    both(x, signs, row_scale, col_scale, index, *sizes, decoded, multiplied);                                        \
+  }
+EXPORT(float32, float)
+EXPORT(bfloat16, BFloat16)
+"""
+
+Tiles = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return set()
+    return next((set(line.split()) for line in info.read_text().splitlines() if line.startswith("flags")), set())
+
+
+@pytest.fixture(scope="module", params=sorted(FLAGS))
+def tiles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiles:
+    """`tiles(x, signs, row_scale, col_scale, index, step_m, step_n)`: x[index] by both tile functions, fp32."""
+    isa: str = request.param
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    if not NEEDS[isa] <= _cpu_flags():
+        pytest.skip(f"this CPU lacks {isa}")
+    folder = tmp_path_factory.mktemp(isa)
+    (folder / "wrapper.cpp").write_text(WRAPPER)
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", *FLAGS[isa], f"-DBITDELTA_{isa}=1", f"-I{HEADER.parent}"]
+    subprocess.run([COMPILER, *options, "wrapper.cpp", "-o", "tile.so"], cwd=folder, check=True, capture_output=True)
+    library = ctypes.CDLL(str(folder / "tile.so"))
+
+    def call(
+        x: Tensor, signs: Tensor, row_scale: Tensor, col_scale: Tensor | None, index: Tensor, step_m: int, step_n: int
+    ) -> tuple[Tensor, Tensor]:
+        planes, outputs, _ = signs.shape
+        decoded, multiplied = (torch.full((index.numel(), outputs), torch.nan) for _ in range(2))
+        pointers = [t if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x, signs, row_scale, col_scale, index)]
+        sizes = (ctypes.c_int64 * 6)(index.numel(), planes, outputs, x.shape[1], step_m, step_n)
+        results = [ctypes.c_void_p(t.data_ptr()) for t in (decoded, multiplied)]
+        getattr(library, str(x.dtype).removeprefix("torch."))(*pointers, sizes, *results)
+        return decoded, multiplied
+
+    return call
+
+
+def _case(
+    rows: int, planes: int, outputs: int, features: int, dtype: torch.dtype, scaled: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x [M, K], signs [P, N, W], row_scale [P, N] and col_scale [P, K] or None."""
+    generator = torch.Generator().manual_seed(rows * 7 + planes * 5 + outputs * 3 + features)
+    positive = torch.randint(2, (planes, outputs, features), generator=generator).bool()
+    x = torch.randn(rows, features, generator=generator).to(dtype)
+    row_scale = torch.randn(planes, outputs, generator=generator)
+    col_scale = torch.rand(planes, features, generator=generator) + 0.5 if scaled else None
+    return x, layout.pack(positive), row_scale, col_scale
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "step_m", "step_n"),
+    [
+        ((1, 1, 1, 1), 1, 1),
+        ((1, 1, 64, 512), 1, 64),
+        ((2, 2, 7, 31), 2, 5),
+        ((3, 3, 17, 33), 2, 17),
+        ((5, 1, 65, 100), 3, 64),
+        ((17, 2, 130, 513), 17, 100),
+        ((33, 1, 384, 1100), 20, 256),
+    ],
+)
+def test_matches_the_reference(
+    tiles: Tiles, shape: tuple[int, int, int, int], step_m: int, step_n: int, dtype: torch.dtype, scaled: bool
+) -> None:
+    rows, planes, _, features = shape
+    x, signs, row_scale, col_scale = _case(*shape, dtype, scaled)
+    index = torch.arange(rows).flip(0)
+    slot_col_scale = None if col_scale is None else col_scale.unsqueeze(0)
+    expected = reference.delta_linear(x[index], signs.unsqueeze(0), row_scale.unsqueeze(0), slot_col_scale)
+    decoded, multiplied = tiles(x, signs, row_scale, col_scale, index, step_m, step_n)
+    assert torch.equal(decoded, multiplied)
+    bound = 4e-6 * (planes * features) ** 0.5 * float(row_scale.abs().max()) * float(x.abs().max())
+    assert float((multiplied.double() - expected).abs().max()) <= bound
+
+
+def test_a_row_does_not_depend_on_its_company(tiles: Tiles) -> None:
+    x, signs, row_scale, col_scale = _case(21, 2, 70, 700, torch.float32, True)
+    index = torch.arange(21)
+    together, _ = tiles(x, signs, row_scale, col_scale, index, 21, 70)
+    for row in (0, 3, 15, 20):
+        alone, _ = tiles(x, signs, row_scale, col_scale, index[row : row + 1], 1, 33)
+        assert torch.equal(alone[0], together[row])
+
+
+def test_features_past_the_end_are_not_read(tiles: Tiles) -> None:
+    x, signs, row_scale, _ = _case(2, 1, 20, 40, torch.float32, False)
+    x[1] = torch.nan
+    decoded, multiplied = tiles(x, signs, row_scale, None, torch.tensor([0]), 1, 20)
+    assert bool(decoded.isfinite().all())
+    assert torch.equal(decoded, multiplied)
+
+
+def test_infinite_features_stay_infinite(tiles: Tiles) -> None:
+    x, signs, row_scale, _ = _case(1, 1, 20, 40, torch.float32, False)
+    x[0, 5] = torch.inf
+    signed = layout.unpack_signs(signs, 40)[0, :, 5] * row_scale[0]
+    _, multiplied = tiles(x, signs, row_scale, None, torch.tensor([0]), 1, 20)
+    assert torch.equal(multiplied[0], signed * torch.inf)
