@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from .delta import Delta
@@ -67,7 +67,7 @@ def parameter(delta: Delta, name: str) -> dict[str, object]:
 
 def parameter_table(delta: Delta) -> Table:
     """All parameters, one per line; error is the relative output error of the fit, where it was measured."""
-    table = Table("parameter", "encoding", "shape", "bytes", "error", box=None)
+    table = Table(Column("parameter", overflow="fold"), "encoding", "shape", "bytes", "error", box=None)
     for name in delta.encodings:
         row = parameter(delta, name)
         error = row.get("error")
