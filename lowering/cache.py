@@ -10,6 +10,7 @@ from typing import Any
 
 from bitdelta_compile import kernels, lowering
 
+FOLDERS = tuple(Path(package.__file__ or "").parent for package in (lowering, kernels))
 _SLOT = "post_grad_custom_post_pass"
 
 
@@ -17,8 +18,7 @@ _SLOT = "post_grad_custom_post_pass"
 def source_digest() -> str:
     """SHA-256 over every file of lowering/ and kernels/ that can change generated code."""
     digest = hashlib.sha256()
-    for package in (lowering, kernels):
-        folder = Path(package.__file__ or "").parent
+    for folder in FOLDERS:
         for path in sorted(folder.iterdir()):
             if path.suffix in (".py", ".h", ".jinja"):
                 digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
