@@ -1,28 +1,23 @@
-// Device functions of the CPU delta op: output tiles of
+// The device function of the CPU delta op: `delta_tile`, an output tile of
 //
 //     y[m, n] = sum_p row_scale[p, n] * sum_k sign[p, n, k] * col_scale[p, k] * x[m, k]
 //
-// from canonical sign words (kernels/layout.py: int32 [P, N, W], bit j of word w is feature 32 w + j, 1 is +1 and 0 is -1).
+// from canonical sign words (kernels/layout.py: int32 [P, N, W], bit j of word w is feature 32 w + j, 1 is +1, 0 is -1).
 //
-// Method. A group of G consecutive features (4; 3 under AVX2) has 2^G signed sums, which fit one register. They are tabulated once
-// per row of x, and from then on G weights cost one in-register permute and one fp32 add. Bits of 4 words by `lanes` outputs are
-// transposed so that a lane is an output; any number of rows then looks up the same bits. No unpacked weights, no multiplications
-// by +-1. All arithmetic is fp32, whatever T is. x holding inf or NaN gives what the dense product gives.
+// Method. A group of G consecutive features (4; 3 under AVX2) has 2^G signed sums, which fit one register. They are
+// tabulated once per row of x, and from then on G weights cost one in-register permute and one fp32 add. Bits of 4 words
+// by `lanes` outputs are transposed so that a lane is an output; any number of rows then looks up the same bits. No
+// unpacked weights, no multiplications by +-1. All arithmetic is fp32, whatever T is. x holding inf or NaN gives what the
+// dense product gives.
 //
-// Order of arithmetic. y[m, n] is a chain over blocks of kBlockK features, then planes, of fma(row_scale, sum over the block). It
-// depends on nothing else: decode_tile and gemm_tile, any split over n or rows, any company of other rows give the same bits.
+// Order of arithmetic. y[m, n] is a chain over blocks of kBlockK features, then planes, of fma(row_scale, sum over the
+// block). It depends on nothing else: any split over n or rows, any company of other rows give the same bits.
 //
-// Use, decode (few rows, at most kDecodeRows, each with its own tenant):
-//     float* table[m] -> table_floats(K) floats per row and operand (operand: one, or one per plane where col_scale is given)
-//     prepare(x + m * K, 1, col_scale_or_null, planes, K, table[m]);                             // once per row, any thread
-//     for every range [n0, n1) of decode_tile_n(N, threads), for every group of rows with one tenant:
-//         decode_tile(delta, tables_of_the_group, count, n0, n1, y, ldy);    // y[i * ldy + n - n0], overwritten
-// Use, many rows (no preparation, no scratch):
-//     for every block of at most gemm_tile_m() rows of one tenant, for every range [n0, n1) of gemm_tile_n(N):
-//         gemm_tile(delta, col_scale_or_null, x, K, 1, row_index_or_null, count, n0, n1, y, ldy);
-// where Delta delta{signs, row_scale, planes, N, K, has_col_scale} points at one slot of the bank.
+// Use: for every block of kRows rows of one tenant, for every range [n0, n1) of tile_outputs(...),
+//     delta_tile(Delta{signs, row_scale, planes, N, K}, col_scale_or_null, x, K, 1, index_or_null, rows, n0, n1, y, ldy)
 //
-// The including code may define BITDELTA_AVX512 or BITDELTA_AVX2 (as 1), or BITDELTA_PORTABLE; otherwise the compiler's target decides.
+// The including code may define BITDELTA_AVX512, BITDELTA_AVX2 or BITDELTA_PORTABLE as 1; otherwise the compiler's
+// target decides.
 #pragma once
 
 #include <algorithm>
@@ -63,7 +58,7 @@
 namespace bitdelta {
 inline namespace BITDELTA_ISA {
 
-// ---- the instruction sets: `lanes` outputs side by side, groups of `bits` features -----------------------------------------------
+// The instruction sets: `lanes` outputs side by side, groups of `bits` features.
 
 #if defined(BITDELTA_AVX512)
 struct Lanes {
@@ -162,7 +157,7 @@ struct Lanes {
 };
 #endif
 
-// ---- sizes -----------------------------------------------------------------------------------------------------------------------
+// Sizes.
 
 static constexpr int64_t kWordBits = 32;
 static constexpr int64_t kEntries = int64_t(1) << Lanes::bits;                              // sums of one group
@@ -172,32 +167,27 @@ static constexpr int64_t kBlockN = Lanes::lanes * Lanes::blocks;                
 static constexpr int64_t kBlockWords = 16;
 static constexpr int64_t kBlockK = kBlockWords * kWordBits;                                 // features summed before the row scale
 static constexpr int64_t kAhead = 2;                                                         // blocks from the signs in use to those prefetched
-static constexpr int64_t kDecodeRows = 16;                                                  // rows looked up per pass over the signs
+static constexpr int64_t kRows = 16;  // rows looked up per pass over the signs
 
 static inline int64_t words(int64_t features) { return (features + kWordBits - 1) / kWordBits; }
 
-// Floats of one prepared operand of a row of K features (a row has one operand, or one per plane where there is a col_scale).
-static inline int64_t table_floats(int64_t K) { return words(K) * kWordTable; }
-
-// Outputs per decode tile: one tile per thread, in whole inner steps.
-static inline int64_t decode_tile_n(int64_t N, int64_t threads) {
+// Outputs per tile: wide enough that tabulating x is lost in the lookups, small enough to stay in the caches and to give
+// every thread a tile.
+static inline int64_t tile_outputs(int64_t N, int64_t row_tiles, int64_t threads) {
   const int64_t steps = (N + kBlockN - 1) / kBlockN;
-  return std::max<int64_t>(1, (steps + threads - 1) / std::max<int64_t>(threads, 1)) * kBlockN;
+  const int64_t shares = std::max<int64_t>(1, (threads + row_tiles - 1) / std::max<int64_t>(row_tiles, 1));
+  const int64_t wanted = std::max<int64_t>(1, (steps + shares - 1) / shares) * kBlockN;
+  return row_tiles > 1 ? std::min<int64_t>(wanted, 1024) : wanted;
 }
-
-// Rows and outputs per gemm tile: wide enough that tabulating x is lost in the lookups, small enough to stay in the caches.
-static inline int64_t gemm_tile_m() { return kDecodeRows; }
-static inline int64_t gemm_tile_n(int64_t N) { return std::min<int64_t>((N + kBlockN - 1) / kBlockN * kBlockN, 1024); }
 
 // One slot of one parameter's bank.
 struct Delta {
   const int32_t* signs;    // [P, N, W]
   const float* row_scale;  // [P, N]
   int64_t planes, N, K;
-  bool has_col_scale;
 };
 
-// ---- preparation of x ------------------------------------------------------------------------------------------------------------
+// Preparation of x.
 
 // x[k] * col_scale[k] as fp32 for k in [k0, k0 + count), zeros up to the next whole word. Reads nothing past k0 + count.
 template <typename T>
@@ -236,23 +226,7 @@ static inline void tabulate(const float* x, int64_t count, float* table) {
   }
 }
 
-// Tabulates one row of x for decode_tile.
-//   x: T [K], elements `stride` apart.  col_scale: fp32 [P, K] or null.  table: table_floats(K) floats, times P where there is a
-//   col_scale; 64-byte aligned for full speed.
-template <typename T>
-static inline void prepare(const T* x, int64_t stride, const float* col_scale, int64_t planes, int64_t K, float* table) {
-  float block[kBlockK];
-  const int64_t operands = col_scale != nullptr ? planes : 1;
-  for (int64_t operand = 0; operand < operands; ++operand) {
-    for (int64_t k = 0; k < K; k += kBlockK) {
-      const int64_t count = std::min(kBlockK, K - k);
-      widen(x, stride, col_scale != nullptr ? col_scale + operand * K : nullptr, k, count, block);
-      tabulate(block, words(count), table + operand * table_floats(K) + k / kWordBits * kWordTable);
-    }
-  }
-}
-
-// ---- lookups ---------------------------------------------------------------------------------------------------------------------
+// Lookups.
 
 // Sign words of one block, a lane per output: [kBlockWords][kBlockN].
 struct Bits {
@@ -326,7 +300,7 @@ static inline void look_up(const Bits& bits, int64_t count, const float* const* 
     }
 }
 
-// All rows (at most kDecodeRows), in the widest steps that fit the registers.
+// All rows (at most kRows), in the widest steps that fit the registers.
 static inline void look_up_whole(const Bits& bits, int64_t count, const float* const* tables, int64_t rows, const float* row_scale, Next next, float* y,
                                  int64_t ldy) {
   int64_t r = 0;
@@ -349,14 +323,14 @@ static inline void look_up_rows(const Delta& d, const Bits& bits, int64_t count,
     return;
   }
   float scale[kBlockN] = {};
-  float copy[kDecodeRows * kBlockN] = {};
+  float copy[kRows * kBlockN] = {};
   std::copy(row_scale, row_scale + outputs, scale);
   for (int64_t r = 0; r < rows; ++r) std::copy(y + r * ldy, y + r * ldy + outputs, copy + r * kBlockN);
   look_up_whole(bits, count, tables, rows, scale, next, copy, kBlockN);
   for (int64_t r = 0; r < rows; ++r) std::copy(copy + r * kBlockN, copy + r * kBlockN + outputs, y + r * ldy);
 }
 
-// ---- tiles -----------------------------------------------------------------------------------------------------------------------
+// Tiles.
 
 // Adds one block of features, starting at `word`, of one plane to y[i, n - n0] for n in [n0, n1).
 static inline void add_block(const Delta& d, int64_t plane, int64_t word, const float* const* tables, int64_t rows, int64_t n0, int64_t n1,
@@ -378,32 +352,19 @@ static inline void clear(int64_t rows, int64_t outputs, float* y, int64_t ldy) {
   for (int64_t r = 0; r < rows; ++r) std::fill(y + r * ldy, y + r * ldy + outputs, 0.0f);
 }
 
-// y[i, n - n0] for n in [n0, n1) and prepared rows i of one tenant, overwritten.
-//   tables: `rows` pointers filled by prepare, at most kDecodeRows.  y: fp32, rows `ldy` floats apart.
-static inline void decode_tile(const Delta& d, const float* const* tables, int64_t rows, int64_t n0, int64_t n1, float* y, int64_t ldy) {
-  const float* part[kDecodeRows];
-  clear(rows, n1 - n0, y, ldy);
-  for (int64_t word = 0; word < words(d.K); word += kBlockWords) {
-    for (int64_t plane = 0; plane < d.planes; ++plane) {
-      for (int64_t i = 0; i < rows; ++i) part[i] = tables[i] + (d.has_col_scale ? plane * table_floats(d.K) : 0) + word * kWordTable;
-      add_block(d, plane, word, part, rows, n0, n1, y, ldy);
-    }
-  }
-}
-
 // y[i, n - n0] for n in [n0, n1) and `rows` rows of x of one tenant, overwritten.
 //   x: T, element k of row m at x[m * row_stride + k * stride].  index: the rows' numbers m, or null for 0, 1, ... rows - 1.
 //   col_scale: fp32 [P, K], or null.  Takes 130 KB of stack.
 template <typename T, typename Index = int64_t>
-static inline void gemm_tile(const Delta& d, const float* col_scale, const T* x, int64_t row_stride, int64_t stride, const Index* index, int64_t rows,
+static inline void delta_tile(const Delta& d, const float* col_scale, const T* x, int64_t row_stride, int64_t stride, const Index* index, int64_t rows,
                              int64_t n0, int64_t n1, float* y, int64_t ldy) {
-  alignas(64) float table[kDecodeRows * kBlockWords * kWordTable];
+  alignas(64) float table[kRows * kBlockWords * kWordTable];
   float wide[kBlockK];
-  const float* part[kDecodeRows];
-  for (int64_t i = 0; i < kDecodeRows; ++i) part[i] = table + i * kBlockWords * kWordTable;
+  const float* part[kRows];
+  for (int64_t i = 0; i < kRows; ++i) part[i] = table + i * kBlockWords * kWordTable;
   clear(rows, n1 - n0, y, ldy);
-  for (int64_t first = 0; first < rows; first += kDecodeRows) {
-    const int64_t some = std::min(kDecodeRows, rows - first);
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t some = std::min(kRows, rows - first);
     for (int64_t word = 0; word < words(d.K); word += kBlockWords) {
       const int64_t k = word * kWordBits, count = std::min(kBlockK, d.K - k);
       for (int64_t plane = 0; plane < d.planes; ++plane) {

@@ -30,43 +30,26 @@ NEEDS: dict[str, set[str]] = {
 
 WRAPPER = r"""
 #include "cpu_tile.h"
-#include <memory>
 struct BFloat16 {
   uint16_t bits;
   operator float() const { const uint32_t word = uint32_t(bits) << 16; float f; std::memcpy(&f, &word, 4); return f; }
 };
 struct Sizes { int64_t M, P, N, K, step_m, step_n; };
-template <typename T>
-static void both(const T* x, const int32_t* signs, const float* row_scale, const float* col_scale,
-                 const int64_t* index, const Sizes& s, float* decoded, float* multiplied) {
-  const bitdelta::Delta delta{signs, row_scale, s.P, s.N, s.K, col_scale != nullptr};
-  const int64_t floats = bitdelta::table_floats(s.K) * (col_scale != nullptr ? s.P : 1);
-  std::unique_ptr<float[]> tables(new float[s.M * floats]);
-  std::unique_ptr<const float*[]> rows(new const float*[s.M]);
-  for (int64_t i = 0; i < s.M; ++i) {
-    rows[i] = tables.get() + i * floats;
-    bitdelta::prepare(x + index[i] * s.K, 1, col_scale, s.P, s.K, tables.get() + i * floats);
-  }
-  for (int64_t m = 0; m < s.M; m += s.step_m)
-    for (int64_t n = 0; n < s.N; n += s.step_n) {
-      const int64_t count = std::min(s.step_m, s.M - m), end = std::min(s.N, n + s.step_n);
-      for (int64_t i = 0; i < count; i += bitdelta::kDecodeRows) {
-        const int64_t some = std::min(bitdelta::kDecodeRows, count - i);
-        bitdelta::decode_tile(delta, rows.get() + m + i, some, n, end, decoded + (m + i) * s.N + n, s.N);
-      }
-      bitdelta::gemm_tile(delta, col_scale, x, s.K, 1, index + m, count, n, end, multiplied + m * s.N + n, s.N);
-    }
-}
 #define EXPORT(NAME, T)                                                                                              \
   extern "C" void NAME(const T* x, const int32_t* signs, const float* row_scale, const float* col_scale,             \
-                       const int64_t* index, const Sizes* sizes, float* decoded, float* multiplied) {                \
-    both(x, signs, row_scale, col_scale, index, *sizes, decoded, multiplied);                                        \
+                       const int64_t* index, const Sizes* sizes, float* y) {                                         \
+    const Sizes& s = *sizes;                                                                                         \
+    const bitdelta::Delta delta{signs, row_scale, s.P, s.N, s.K};                                                    \
+    for (int64_t m = 0; m < s.M; m += s.step_m)                                                                      \
+      for (int64_t n = 0; n < s.N; n += s.step_n)                                                                    \
+        bitdelta::delta_tile(delta, col_scale, x, s.K, 1, index + m, std::min(s.step_m, s.M - m), n,                 \
+                             std::min(s.N, n + s.step_n), y + m * s.N + n, s.N);                                     \
   }
 EXPORT(float32, float)
 EXPORT(bfloat16, BFloat16)
 """
 
-Tiles = Callable[..., tuple[Tensor, Tensor]]
+Tiles = Callable[..., Tensor]
 
 
 def _cpu_flags() -> set[str]:
@@ -78,7 +61,7 @@ def _cpu_flags() -> set[str]:
 
 @pytest.fixture(scope="module", params=sorted(FLAGS))
 def tiles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiles:
-    """`tiles(x, signs, row_scale, col_scale, index, step_m, step_n)`: x[index] by both tile functions, fp32."""
+    """`tiles(x, signs, row_scale, col_scale, index, step_m, step_n)`: x[index] in tiles of that size, fp32."""
     isa: str = request.param
     if COMPILER is None:
         pytest.skip("no C++ compiler")
@@ -92,14 +75,13 @@ def tiles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
     def call(
         x: Tensor, signs: Tensor, row_scale: Tensor, col_scale: Tensor | None, index: Tensor, step_m: int, step_n: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         planes, outputs, _ = signs.shape
-        decoded, multiplied = (torch.full((index.numel(), outputs), torch.nan) for _ in range(2))
+        y = torch.full((index.numel(), outputs), torch.nan)
         pointers = [t if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x, signs, row_scale, col_scale, index)]
         sizes = (ctypes.c_int64 * 6)(index.numel(), planes, outputs, x.shape[1], step_m, step_n)
-        results = [ctypes.c_void_p(t.data_ptr()) for t in (decoded, multiplied)]
-        getattr(library, str(x.dtype).removeprefix("torch."))(*pointers, sizes, *results)
-        return decoded, multiplied
+        getattr(library, str(x.dtype).removeprefix("torch."))(*pointers, sizes, ctypes.c_void_p(y.data_ptr()))
+        return y
 
     return call
 
@@ -138,32 +120,29 @@ def test_matches_the_reference(
     index = torch.arange(rows).flip(0)
     slot_col_scale = None if col_scale is None else col_scale.unsqueeze(0)
     expected = reference.delta_linear(x[index], signs.unsqueeze(0), row_scale.unsqueeze(0), slot_col_scale)
-    decoded, multiplied = tiles(x, signs, row_scale, col_scale, index, step_m, step_n)
-    assert torch.equal(decoded, multiplied)
+    found = tiles(x, signs, row_scale, col_scale, index, step_m, step_n)
     bound = 4e-6 * (planes * features) ** 0.5 * float(row_scale.abs().max()) * float(x.abs().max())
-    assert float((multiplied.double() - expected).abs().max()) <= bound
+    assert float((found.double() - expected).abs().max()) <= bound
 
 
 def test_a_row_does_not_depend_on_its_company(tiles: Tiles) -> None:
     x, signs, row_scale, col_scale = _case(21, 2, 70, 700, torch.float32, True)
     index = torch.arange(21)
-    together, _ = tiles(x, signs, row_scale, col_scale, index, 21, 70)
+    together = tiles(x, signs, row_scale, col_scale, index, 21, 70)
     for row in (0, 3, 15, 20):
-        alone, _ = tiles(x, signs, row_scale, col_scale, index[row : row + 1], 1, 33)
+        alone = tiles(x, signs, row_scale, col_scale, index[row : row + 1], 1, 33)
         assert torch.equal(alone[0], together[row])
 
 
 def test_features_past_the_end_are_not_read(tiles: Tiles) -> None:
     x, signs, row_scale, _ = _case(2, 1, 20, 40, torch.float32, False)
     x[1] = torch.nan
-    decoded, multiplied = tiles(x, signs, row_scale, None, torch.tensor([0]), 1, 20)
-    assert bool(decoded.isfinite().all())
-    assert torch.equal(decoded, multiplied)
+    assert bool(tiles(x, signs, row_scale, None, torch.tensor([0]), 1, 20).isfinite().all())
 
 
 def test_infinite_features_stay_infinite(tiles: Tiles) -> None:
     x, signs, row_scale, _ = _case(1, 1, 20, 40, torch.float32, False)
     x[0, 5] = torch.inf
     signed = layout.unpack_signs(signs, 40)[0, :, 5] * row_scale[0]
-    _, multiplied = tiles(x, signs, row_scale, None, torch.tensor([0]), 1, 20)
-    assert torch.equal(multiplied[0], signed * torch.inf)
+    found = tiles(x, signs, row_scale, None, torch.tensor([0]), 1, 20)
+    assert torch.equal(found[0], signed * torch.inf)
