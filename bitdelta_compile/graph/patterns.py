@@ -50,10 +50,19 @@ _MATMUL: tuple[Any, ...] = (
 
 def linear_use(node: fx.Node, view: View) -> LinearUse | None:
     """The call as a matrix product with the viewed parameter, or None if it is something else."""
-    target, args, kwargs = node.target, list(node.args), node.kwargs
+    use = _product(node, view)
+    if use is not None and use.left and _dim(use.x) == 1:  # W @ v contracts the whole vector: it is x [K] already
+        return dataclasses.replace(use, left=False)
+    return use
+
+
+def _product(node: fx.Node, view: View) -> LinearUse | None:
+    target: Any = node.target
+    args, kwargs = list(node.args), node.kwargs
     if node.op == "call_method":
         known = {"matmul": torch.matmul, "mm": torch.mm, "addmm": torch.addmm, "__matmul__": operator.matmul}
         target = known.get(str(target), target)
+    named: dict[str, Any]
     if target in _LINEAR:
         named = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
         if named.get("weight") is view.node and named.get("input") is not view.node:
@@ -110,17 +119,24 @@ def uses_of(placeholder: fx.Node) -> list[tuple[fx.Node, View]]:
 def _is_transpose(node: fx.Node, of: fx.Node) -> bool:
     if not node.args or node.args[0] is not of:
         return False
-    if node.op == "call_method":
-        swaps = node.target == "transpose" and set(node.args[1:]) in ({0, 1}, {-1, -2})
-        return node.target == "t" or swaps or (node.target == "permute" and _flat(node.args[1:]) == [1, 0])
-    if node.op != "call_function":
-        return False
     if node.target is getattr:
         return node.args[1] in ("T", "mT")
-    if node.target in _TRANSPOSES:
-        rest = _flat(node.args[1:])
-        return not rest or (rest == [1, 0] or set(rest) in ({0, 1}, {-1, -2}))
-    return False
+    called = node.op == "call_method" and node.target in ("t", "transpose", "permute")
+    if not called and not (node.op == "call_function" and node.target in _TRANSPOSES):
+        return False
+    rest = _flat(node.args[1:])
+    if not rest:
+        return not node.kwargs
+    if len(rest) != 2 or not all(isinstance(dim, int) for dim in rest):
+        return False
+    dims = [dim % 2 for dim in rest]
+    permutes = node.target in ("permute", torch.permute, torch.ops.aten.permute.default)
+    return dims == [1, 0] or (not permutes and dims == [0, 1])
+
+
+def _dim(node: fx.Node) -> int | None:
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value.dim() if isinstance(value, torch.Tensor) else None
 
 
 def _flat(args: Any) -> list[Any]:

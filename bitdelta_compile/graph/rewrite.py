@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class Context:
             last = self.graph.find_nodes(op="placeholder")[-1]
             with self.graph.inserting_after(last):
                 node = self.graph.placeholder(f"{parameter.name.replace('.', '_')}_{field}")
+            node.target = node.name  # made unique and an identifier: qualified names may start with a digit
             node.meta["example_value"] = tensor
             torch_internals.mark_added_input(node)
             self._inputs[key] = node
@@ -163,9 +165,7 @@ def split_linear(context: Context) -> None:
             )
             if use.left:
                 delta = insert.call(torch.transpose, delta, -1, -2)
-            if _dtype(use.node) not in (None, _dtype(use.x)):
-                delta = insert.method("to", delta, _dtype(use.node))
-            total = insert.call(operator.add, total, delta)
+            total = insert.call(operator.add, total, insert.cast(delta, use.x, use.node))
         if rows is not None:
             if use.left:
                 raise UnsupportedError(
@@ -174,7 +174,7 @@ def split_linear(context: Context) -> None:
                 )
             total = _replace_outputs(context, insert, parameter, rows, x, use, total, grown)
         if late_bias is not None:
-            total = insert.call(operator.add, total, late_bias)
+            total = insert.call(operator.add, total, insert.cast(late_bias, late_bias, use.node))
         insert.take_over(use.node, total)
         context.record(parameter, use.node, _describe(sign, rows, "linear"))
 
@@ -202,10 +202,10 @@ def split_embedding(context: Context) -> None:
                 embedding_dim=sign.in_features, dtype=parameter.base.dtype,
             )  # fmt: skip
             total = insert.call(operator.add, total, delta)
-        if rows is not None:
+        if rows is not None and rows.index.numel():
             index = context.input(parameter, "rows_index", rows.index)
             values = context.input(parameter, "rows_values", rows.values.to(parameter.base.dtype))
-            found = insert.call(torch.searchsorted, index, ids)
+            found = insert.call(torch.searchsorted, index, insert.method("to", ids, torch.int64))
             at = insert.call(torch.clamp, found, max=rows.index.numel() - 1)
             hit = insert.call(operator.eq, insert.call(operator.getitem, index, at), ids)
             stored = insert.call(torch.nn.functional.embedding, at, values)
@@ -217,35 +217,44 @@ def split_embedding(context: Context) -> None:
 def unpack_other_uses(context: Context) -> None:
     """Any use that no pass above has split gets the dense tuned tensor: correct, but it costs the tensor's memory."""
     for placeholder, parameter in context.parameters.items():
-        if isinstance(parameter.encoding, Sign | Rows):
-            done = {use.node for use in context.uses if use.name == parameter.name}
-            for node, view in uses_of(placeholder):
-                if node.name in done:
-                    continue
-                assert parameter.base is not None
-                log.warning(
-                    "%s is used by %s (%s), which has no packed form: its dense tensor of %d bytes is kept for that",
-                    parameter.name, op_name(node), node.name, parameter.base.nbytes,
-                )  # fmt: skip
-                dense = parameter.encoding.apply(parameter.base).to(parameter.base.dtype)
-                source = context.input(parameter, "dense", dense)
-                if view.node is not placeholder:
-                    with context.graph.inserting_before(node):
-                        source = context.graph.node_copy(view.node, lambda n, s=source: s)  # type: ignore[misc]
-                node.replace_input_with(view.node, source)
-                context.record(parameter, node, "dense tuned tensor")
+        if not isinstance(parameter.encoding, Sign | Rows):
+            continue
+        done = {use.node for use in context.uses if use.name == parameter.name}
+        left = [(node, view) for node, view in uses_of(placeholder) if node.name not in done]
+        if not left:
+            continue
+        assert parameter.base is not None
+        dense = parameter.encoding.apply(parameter.base).to(parameter.base.dtype)
+        log.warning(
+            "%s is used by %s, which has no packed form: its dense tensor of %d bytes is kept for that",
+            parameter.name, ", ".join(f"{op_name(node)} ({node.name})" for node, _ in left), dense.nbytes,
+        )  # fmt: skip
+        source = context.input(parameter, "dense", dense)
+        for node, view in left:
+            seen = source
+            if view.transposed:
+                with context.graph.inserting_before(node):
+                    seen = context.graph.call_function(torch.transpose, (source, 0, 1))
+            node.replace_input_with(view.node, seen)
+            context.record(parameter, node, "dense tuned tensor")
 
 
 PASSES: tuple[Callable[[Context], None], ...] = (substitute_base, split_linear, split_embedding, unpack_other_uses)
 
 
-def _encoded_uses(context: Context) -> Iterator[tuple[fx.Node, Parameter, View]]:
+def _encoded_uses(context: Context) -> list[tuple[fx.Node, Parameter, View]]:
+    """Uses of packed parameters that no pass has split yet. A call that takes two of them is left out: it needs both
+    dense."""
     done = {use.node for use in context.uses}
-    for placeholder, parameter in context.parameters.items():
-        if isinstance(parameter.encoding, Sign | Rows):
-            for node, view in uses_of(placeholder):
-                if node.name not in done:
-                    yield node, parameter, view
+    found = [
+        (node, parameter, view)
+        for placeholder, parameter in context.parameters.items()
+        if isinstance(parameter.encoding, Sign | Rows)
+        for node, view in uses_of(placeholder)
+        if node.name not in done
+    ]
+    operands = Counter(node for node, _, _ in found)
+    return [(node, parameter, view) for node, parameter, view in found if operands[node] == 1]
 
 
 class _Insertion:
@@ -274,6 +283,11 @@ class _Insertion:
         with self.graph.inserting_after(self.last):
             return self._keep(self.graph.call_method(name, args))
 
+    def cast(self, value: fx.Node, has: fx.Node, wants: fx.Node) -> fx.Node:
+        """`value`, which has the dtype of `has`, in that of `wants`: autocast changes a product's dtype."""
+        dtype = _dtype(wants)
+        return value if dtype in (None, _dtype(has)) else self.method("to", value, dtype)
+
     def before(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         with self.graph.inserting_before(self.first):
             return self.graph.call_function(target, args, kwargs)
@@ -300,7 +314,8 @@ def _replace_outputs(
     values = context.input(parameter, "rows_values", rows.values.to(parameter.base.dtype))
     stored = insert.call(torch.nn.functional.linear, x, values)
     if use.bias is not None and not grown:
-        stored = insert.call(operator.add, stored, insert.call(operator.getitem, use.bias, index))
+        bias = insert.call(operator.getitem, use.bias, (Ellipsis, index))
+        stored = insert.call(operator.add, stored, insert.cast(bias, use.bias, use.node))
     if grown:
         total = insert.call(torch.nn.functional.pad, total, (0, rows.out_features - _out_features(parameter)))
     return insert.call(torch.index_copy, total, -1, index, stored)
