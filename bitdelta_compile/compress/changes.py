@@ -56,9 +56,10 @@ def compare(base: Tensor, tuned: Tensor) -> Change:
     height, width = (min(a, b) for a, b in zip(base.shape, tuned.shape, strict=True))
     rows = torch.zeros(height, dtype=torch.bool)
     columns = torch.zeros(width, dtype=torch.bool, device=tuned.device)
-    for block in row_blocks(tuned[:height]):
-        differs = base[block, :width].to(tuned.device, tuned.dtype) != tuned[:height][block, :width]
+    equal_shape = base.shape == tuned.shape
+    base, tuned = base[:height, :width], tuned[:height, :width]
+    for block in row_blocks(tuned):
+        differs = base[block].to(tuned.device, tuned.dtype) != tuned[block]
         rows[block] = differs.any(-1).cpu()
         columns |= differs.any(0)
-    equal = base.shape == tuned.shape and not bool(rows.any())
-    return Change(equal, rows.nonzero().flatten(), columns.cpu().nonzero().flatten())
+    return Change(equal_shape and not bool(rows.any()), rows.nonzero().flatten(), columns.cpu().nonzero().flatten())

@@ -253,11 +253,14 @@ def _encode_matrix(
 ) -> tuple[Encoding, dict[str, Any]]:
     """The encoding of a matrix that changed, by bytes and by measured error."""
     base, tuned, settings = collector.base[name], collector.tuned[name], collector.settings
-    dense = Dense(tuple(tuned.shape), tuned.dtype, _keep(tuned, copy))
+
+    def dense(why: str) -> tuple[Encoding, dict[str, Any]]:
+        return Dense(tuple(tuned.shape), tuned.dtype, _keep(tuned, copy)), {"why": why}
+
     if name in collector.refused:
-        return dense, {"why": collector.refused[name]}
+        return dense(collector.refused[name])
     if collector.features(name) is None:
-        return dense, {"why": f"the base has shape {list(base.shape)}"}
+        return dense(f"the base has shape {list(base.shape)}")
     transposed = collector.transposed.get(name, False)
     ours, theirs = (t.shape[1 if transposed else 0] for t in (base, tuned))
     grown = torch.arange(ours, max(ours, theirs))
@@ -266,7 +269,7 @@ def _encode_matrix(
     row_bytes = listed.element_size() + features * tuned.element_size()
     rows_bytes = listed.numel() * row_bytes
     planes_bytes = settings.planes * ours * 4 * (layout.words(features) + 1) + grown.numel() * row_bytes
-    if rows_bytes < min(dense.nbytes, planes_bytes):
+    if rows_bytes < min(tuned.nbytes, planes_bytes):
         return _rows(tuned, listed, None, transposed), {"rows": listed.numel()}
     fit = collector.fit(name)
     scales = fit.solve()
@@ -278,8 +281,8 @@ def _encode_matrix(
     error = (max(0.0, scales.lost) / scales.energy) ** 0.5 if scales.energy > 0 else 0.0
     collector.fits.pop(name)
     if weight_error > settings.max_error:
-        return dense, {"why": f"planes leave {weight_error:.3g} of its norm, more than {settings.max_error:g}"}
-    if sign.nbytes + grown.numel() * row_bytes >= dense.nbytes:
-        return dense, {"why": "planes take no fewer bytes"}
+        return dense(f"planes leave {weight_error:.3g} of its norm, more than {settings.max_error:g}")
+    if sign.nbytes + grown.numel() * row_bytes >= tuned.nbytes:
+        return dense("planes take no fewer bytes")
     found = {"error": float(f"{error:.4g}"), "weight_error": float(f"{weight_error:.4g}")}
-    return (_rows(tuned, grown, sign, transposed) if grown.numel() else sign), found
+    return (sign if ours == theirs else _rows(tuned, grown, sign, transposed)), found

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elements of one block of a delta in fp32: bounds the memory beyond the checkpoints (4 MiB per temporary).
-BLOCK_ELEMENTS = 1 << 20
+# Elements of one block of a delta in fp32: bounds the memory beyond the checkpoints (1 MiB per temporary).
+BLOCK_ELEMENTS = 1 << 18
 BLOCK_TOKENS = 2048
 # Damping H + 0.01 mean(diag H) I, as in GPTQ (arXiv 2210.17323): directions that calibration never showed still count
 # a little.
@@ -49,7 +49,8 @@ class DeltaMatrix:
         base, tuned = (t.T if self.transposed else t for t in (self.base.detach(), self.tuned.detach()))
         height = max(1, BLOCK_ELEMENTS // max(1, self.features))
         for first in range(0, self.rows, height):
-            ours, theirs = base[first : first + height], tuned[first : first + height]
+            ours = base[first : first + height]
+            theirs = tuned[first : first + ours.shape[0]]
             block = torch.zeros(ours.shape, dtype=torch.float32, device=tuned.device)
             torch.sub(theirs.float(), ours[: theirs.shape[0]].float().to(tuned.device), out=block[: theirs.shape[0]])
             yield first, block

@@ -53,9 +53,14 @@ class LowRankFit:
     def _fold(self, rows: Tensor) -> None:
         """Keep the strongest directions of the sketch and the new rows together."""
         stacked = torch.cat([self._sketch, rows])
-        _, vectors = torch.linalg.eigh((stacked @ stacked.T).double())
-        keep = min(stacked.shape[0], self.rank + OVERSAMPLING)
-        self._sketch = vectors[:, -keep:].float().T @ stacked
+        count, features = stacked.shape
+        keep = min(count, features, self.rank + OVERSAMPLING)
+        if count <= features:
+            _, vectors = torch.linalg.eigh((stacked @ stacked.T).double())
+            self._sketch = vectors[:, -keep:].float().T @ stacked
+        else:
+            energies, vectors = torch.linalg.eigh((stacked.T @ stacked).double())
+            self._sketch = (vectors * energies.clamp_min(0).sqrt())[:, -keep:].float().T
 
     def solve(self) -> tuple[Tensor, Tensor, float]:
         """left bf16 [N, r], right bf16 [r, K], and the energy of the lost output that they bring back."""

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bitdelta_compile.compress.encode import Settings, encode
+from bitdelta_compile.encodings import Dense, Rows, Same, Sign
+from bitdelta_compile.errors import BitDeltaError, CalibrationError
+
+N, K = 96, 70
+
+
+def pair(rows=N, features=K, step=0.01):
+    base = torch.randn(rows, features)
+    return base, base + step * torch.randn(rows, features)
+
+
+def encode_one(base, tuned, use=None, **settings):
+    forward = None if use is None else lambda: use(tuned)
+    encodings, report = encode({"w": base}, {"w": tuned}, forward, Settings(**settings))
+    return encodings["w"], report.get("w", {})
+
+
+def linear(weight):
+    torch.manual_seed(7)
+    F.linear(torch.randn(64, weight.shape[1]) + 1, weight)
+
+
+def share_lost(encoding, base, tuned):
+    return float((encoding.apply(base) - tuned).norm() / (tuned - base).norm())
+
+
+def test_equal_is_same():
+    base, _ = pair()
+    assert isinstance(encode_one(base, base.clone())[0], Same)
+
+
+def test_the_base_rounded_to_the_tuned_dtype_is_same():
+    base, _ = pair()
+    encoding, _ = encode_one(base, base.bfloat16())
+    assert isinstance(encoding, Same)
+    assert encoding.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(5000,), (), (0,), (0, 7), (7, 0), (4, 4), (3, 40, 50)])
+def test_what_is_no_matrix_or_tiny_is_dense(shape):
+    base = torch.zeros(shape)
+    tuned = base + 1
+    encoding, _ = encode_one(base, tuned)
+    if tuned.numel() == 0:
+        assert isinstance(encoding, Same)
+    else:
+        assert isinstance(encoding, Dense)
+        assert torch.equal(encoding.apply(base), tuned)
+        assert encoding.value.data_ptr() != tuned.data_ptr()
+
+
+def test_a_new_parameter_is_dense():
+    tuned = torch.randn(N, K)
+    encodings, _ = encode({}, {"w": tuned}, None, Settings())
+    assert torch.equal(encodings["w"].value, tuned)
+
+
+def test_a_matrix_is_sign():
+    base, tuned = pair()
+    encoding, report = encode_one(base, tuned, linear)
+    assert isinstance(encoding, Sign)
+    assert (encoding.planes, encoding.rank, encoding.transposed) == (1, 0, False)
+    assert encoding.shape == (N, K)
+    assert 0.3 < report["error"] < 0.7
+    assert 0.5 < share_lost(encoding, base, tuned) < 0.75
+    assert report["weight_error"] == pytest.approx(
+        share_lost(encoding, base, tuned) * float((tuned - base).norm() / tuned.norm()), rel=1e-3
+    )
+
+
+def test_inputs_decide_the_scales():
+    base, tuned = pair()
+    seen, _ = encode_one(base, tuned, linear)
+    blind, _ = encode_one(base, tuned)
+    mean_abs, _ = encode_one(base, tuned, linear, method="mean_abs")
+    x = torch.randn(500, K) + 1
+    lost = [float((x @ (e.apply(base) - tuned).T).norm()) for e in (seen, blind, mean_abs)]
+    assert lost == sorted(lost)
+    assert mean_abs.col_scale is None
+    torch.testing.assert_close(mean_abs.row_scale, (tuned - base).abs().mean().expand(1, N))
+
+
+@pytest.mark.parametrize("option", ["planes", "rank"])
+def test_more_bits_lose_less(option):
+    base, tuned = pair()
+    for method in ("closed_form", "mean_abs"):
+        errors = [
+            encode_one(base, tuned, linear, method=method, **{option: count})[1]["error"] for count in (1, 2, 3, 4)
+        ]
+        assert errors == sorted(set(errors), reverse=True)
+
+
+def test_rank_zero_is_no_low_rank_part():
+    base, tuned = pair()
+    assert encode_one(base, tuned, linear)[0].left is None
+    assert encode_one(base, tuned, linear, rank=3)[0].rank == 3
+
+
+def test_transposed_storage():
+    base, tuned = pair(K, N)
+    encoding, _ = encode_one(base, tuned, lambda w: torch.addmm(torch.zeros(N), torch.randn(8, K), w))
+    assert encoding.transposed
+    assert encoding.row_scale.shape == (1, N)
+    assert share_lost(encoding, base, tuned) < 0.75
+
+
+def test_far_from_the_base_is_dense():
+    encoding, report = encode_one(*pair(step=2.0), linear)
+    assert isinstance(encoding, Dense)
+    assert "0.25" in report["why"]
+
+
+def test_planes_that_take_no_fewer_bytes_are_not_used():
+    base = torch.randn(4096, 1).bfloat16()
+    encoding, report = encode_one(base, base * 1.1)
+    assert isinstance(encoding, Dense)
+    assert "bytes" in report["why"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda w: w * 2, lambda w: (F.linear(torch.randn(2, N), w.T), w[:5] + 1), lambda w: (linear(w), w.T @ w)],
+)
+def test_other_uses_are_dense(use):
+    encoding, report = encode_one(*pair(), use)
+    assert isinstance(encoding, Dense)
+    assert "used by" in report["why"]
+
+
+def test_both_orientations_are_dense():
+    encoding, report = encode_one(*pair(), lambda w: (linear(w), F.linear(torch.randn(2, N), w.T)))
+    assert isinstance(encoding, Dense)
+    assert "transposed" in report["why"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_few_changed_rows_are_stored_alone(transposed):
+    base, _ = pair()
+    tuned = base.clone()
+    tuned[[3, 90]] += 1
+    if transposed:
+        base, tuned = base.T.contiguous(), tuned.T.contiguous()
+    use = (lambda w: torch.randn(2, K) @ w) if transposed else linear
+    encoding, _ = encode_one(base, tuned, use)
+    assert isinstance(encoding, Rows)
+    assert encoding.over is None
+    assert encoding.index.tolist() == [3, 90]
+    assert torch.equal(encoding.apply(base), tuned)
+
+
+def test_many_changed_rows_are_not():
+    base, _ = pair()
+    tuned = base.clone()
+    tuned[:40] += 0.01 * torch.randn(40, K)
+    encoding, _ = encode_one(base, tuned, linear)
+    assert isinstance(encoding, Sign)
+    assert (encoding.row_scale[0, 40:] == 0).all()
+    assert torch.equal(encoding.apply(base)[40:], base[40:])
+
+
+def lookup(table):
+    return F.embedding(torch.tensor([0, 2]), table)
+
+
+def test_a_grown_table_is_rows_over_sign():
+    base, tuned = pair()
+    tuned = torch.cat([tuned, torch.randn(5, K)])
+    encoding, _ = encode_one(base, tuned, lookup)
+    assert isinstance(encoding, Rows)
+    assert isinstance(encoding.over, Sign)
+    assert (encoding.shape, encoding.over.shape) == ((N + 5, K), (N, K))
+    applied = encoding.apply(base)
+    assert torch.equal(applied[N:], tuned[N:])
+    assert (applied[:N] - tuned[:N]).norm() < 0.75 * (base - tuned[:N]).norm()
+
+
+def test_a_table_that_only_grew_is_rows():
+    base, _ = pair()
+    encoding, _ = encode_one(base, torch.cat([base, torch.randn(5, K)]), lookup)
+    assert isinstance(encoding, Rows)
+    assert encoding.over is None
+    assert encoding.index.tolist() == list(range(N, N + 5))
+
+
+def test_a_table_that_shrank():
+    base, tuned = pair()
+    encoding, _ = encode_one(base, tuned[:80].clone(), lookup)
+    applied = encoding.apply(base)
+    assert applied.shape == (80, K)
+    assert (applied - tuned[:80]).norm() < 0.75 * (base - tuned)[:80].norm()
+
+
+def test_other_features_are_dense():
+    encoding, report = encode_one(torch.randn(N, K), torch.randn(N, K + 1), linear)
+    assert isinstance(encoding, Dense)
+    assert f"[{N}, {K}]" in report["why"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize("shape", [(N, K), (K,), ()])
+def test_values_that_are_not_finite(value, side, shape):
+    tensors = {"base": torch.zeros(shape), "tuned": torch.ones(shape)}
+    tensors[side].view(-1)[-1] = value
+    with pytest.raises(BitDeltaError, match=rf"w: 1 of \d+ values of the {side} parameter"):
+        encode_one(tensors["base"], tensors["tuned"])
+
+
+def test_inputs_that_are_not_finite():
+    with pytest.raises(CalibrationError, match="w: the inputs"):
+        encode_one(*pair(), lambda w: F.linear(torch.full((2, K), float("nan")), w))
+
+
+def test_inputs_that_are_zero():
+    base, tuned = pair()
+    encoding, _ = encode_one(base, tuned, lambda w: F.linear(torch.zeros(2, K), w))
+    assert share_lost(encoding, base, tuned) < 0.75
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_mixed_dtypes(dtypes):
+    base, tuned = pair(step=0.05)
+    base, tuned = base.to(dtypes[0]), tuned.to(dtypes[1])
+    encoding, _ = encode_one(base, tuned, lambda w: F.linear(torch.randn(8, K, dtype=w.dtype), w))
+    assert isinstance(encoding, Sign)
+    assert encoding.dtype == dtypes[1]
+    assert share_lost(encoding, base.float(), tuned.float()) < 0.75
+
+
+def test_handles_stand_for_the_tuned_tensors():
+    base, tuned = pair(K, N)
+    handle = torch.empty(K, N, device="meta")
+    encodings, _ = encode(
+        {"w": base},
+        {"w": tuned},
+        lambda: torch.empty(2, K, device="meta") @ handle,
+        Settings(method="mean_abs"),
+        handles={"w": handle},
+        copy=False,
+    )
+    assert encodings["w"].transposed
+
+
+def test_progress_ends_complete():
+    base, tuned = pair()
+    calls = []
+    encode({"w": base}, {"w": tuned, "b": torch.ones(3)}, None, Settings(), progress=lambda *call: calls.append(call))
+    assert calls == [("encode", 0, 2), ("encode", 1, 2), ("encode", 2, 2)]
+
+
+@pytest.mark.parametrize("option", [{"planes": 0}, {"planes": 5}, {"rank": -1}, {"method": "magic"}])
+def test_settings_out_of_range(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        Settings(**option)
