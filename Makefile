@@ -54,7 +54,7 @@ format: $(VENV)/.extra-lint
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.extra-bench
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output benchmarks/out .mypy_cache .ruff_cache .pytest_cache .hypothesis

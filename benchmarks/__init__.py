@@ -1,0 +1,1 @@
+"""Speed, memory and fidelity, measured. `python -m benchmarks --help` lists the cases."""

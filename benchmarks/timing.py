@@ -1,0 +1,26 @@
+"""Times of several ways to do one thing, taken side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def side_by_side(ways: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each way; the ways take turns, so that a slow spell of the machine meets them all.
+
+    Args:
+        ways: name -> call. Each call is one measurement and must do its own cycling through cold data.
+        repeats: measurements of each.
+        warmup: rounds that do not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(warmup + repeats):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            elapsed = time.perf_counter() - start
+            if turn >= warmup:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
