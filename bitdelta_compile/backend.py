@@ -28,10 +28,11 @@ from .compress.encode import Settings
 from .delta import Delta
 from .errors import BaseMismatchError, BitDeltaError, UnsupportedError
 from .explain import remember
-from .graph.rewrite import rewrite
+from .graph.bind import shares_names
+from .graph.rewrite import Context, Parameter, rewrite
 from .lowering import torch_internals
 from .lowering.inductor import compile_graph
-from .sources import BaseSource, source_for
+from .sources import BaseSource, DeltaSource, source_for
 
 log = logging.getLogger(__name__)
 
@@ -78,46 +79,110 @@ def bitdelta(
     parsed = parse_options(options or {})
     source = source_for(parsed.owner, parsed.settings)
     parameters = source.parameters(gm, example_inputs)
-    if not parameters and any(isinstance(value, nn.Parameter) for value in example_inputs):
+    if not parameters and not shares_names(example_inputs, source.names()):
         raise BaseMismatchError(
             "no parameter of this model is known to the "
             f"{'base' if isinstance(source, BaseSource) else 'delta'}: their names have nothing in common; "
             "check that both are the same architecture"
         )
+    # Dynamo hands over its source and its tracing state for this call only: compile now, bind again later.
     rewritten, context = rewrite(gm, parameters)
+    tensors = _Tensors.of(gm, context, parameters, example_inputs)
     remember(context, example_inputs)
-    placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-    keep_base = isinstance(source, BaseSource)
-    substitutes = {
-        position: context.values[name]
-        for position, name in enumerate(placeholders)
-        if name in context.values and (keep_base or context.values[name] is not example_inputs[position])
-    }
     fixed = torch_internals.static_example
-    inputs = [fixed(substitutes[i]) if i in substitutes else value for i, value in enumerate(example_inputs)]
+    inputs = [fixed(tensors.places[i]) if i in tensors.places else value for i, value in enumerate(example_inputs)]
     if parsed.release:
         source.release(parameters, example_inputs)
-    added = tuple(context.added)
     if parsed.lower == "eager":
         compiled: Callable[..., Any] = rewritten
     else:
-        compiled = compile_graph(rewritten, [*inputs, *map(fixed, added)], parsed.inductor)
-    return _with_tensors(compiled, substitutes, added)
+        compiled = compile_graph(rewritten, [*inputs, *map(fixed, tensors.added)], parsed.inductor)
+    return _Compiled(gm, parsed, source, compiled, tensors)
 
 
-def _with_tensors(
-    compiled: Callable[..., Any], substitutes: Mapping[int, torch.Tensor], added: tuple[torch.Tensor, ...]
-) -> Callable[..., Any]:
-    """The compiled graph as Dynamo calls it: our tensors put in their places."""
-    places = tuple(substitutes.items())
+@dataclasses.dataclass(frozen=True)
+class _Tensors:
+    """What a compiled graph is called with for one set of parameters.
 
-    def call(*args: Any) -> Any:
+    Attributes:
+        parameters: position among the inputs -> the parameter that the caller passes there.
+        places: position -> the tensor that takes its place.
+        added: the inputs that follow the caller's.
+        layout: of all that: equal layouts are served by one compiled graph.
+    """
+
+    parameters: tuple[tuple[int, weakref.ref[torch.Tensor]], ...]
+    places: Mapping[int, torch.Tensor]
+    added: tuple[torch.Tensor, ...]
+    layout: object
+
+    @classmethod
+    def of(
+        cls, gm: fx.GraphModule, context: Context, bound: Mapping[fx.Node, Parameter], inputs: Sequence[Any]
+    ) -> _Tensors:
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        values = [context.values.get(node.name) for node in placeholders]
+        return cls(
+            tuple((i, weakref.ref(value)) for i, value in enumerate(inputs) if isinstance(value, nn.Parameter)),
+            {i: value for i, value in enumerate(values) if value is not None and value is not inputs[i]},
+            tuple(context.added),
+            tuple((i, bound[node].encoding.layout) for i, node in enumerate(placeholders) if node in bound),
+        )
+
+    def fit(self, args: Sequence[Any]) -> bool:
+        """Whether they belong to the parameters that the caller passes."""
+        return all(args[position] is parameter() for position, parameter in self.parameters)
+
+
+class _Compiled:
+    """A compiled graph as Dynamo calls it.
+
+    Dynamo may call one graph for several modules of one shape: the layers of a model that it compiles one by one. So
+    the tensors of the deltas are found by the parameters of the call, and the others of that shape share the code.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        options: Options,
+        source: DeltaSource | BaseSource,
+        compiled: Callable[..., Any],
+        tensors: _Tensors,
+    ) -> None:
+        self.gm, self.source, self.compiled, self.layout = gm, source, compiled, tensors.layout
+        self.release = options.release
+        # A delta given by its path lives as long as a graph of it: the next graph of the model finds it loaded.
+        self.owner = options.owner if isinstance(options.owner, Delta) else None
+        self.variants: list[tuple[_Tensors, Callable[..., Any]]] = [(tensors, compiled)]
+        self.calls = 0
+
+    def __call__(self, *args: Any) -> Any:
+        found = next((variant for variant in self.variants if variant[0].fit(args)), None)
+        tensors, compiled = found or self._bind(args)
+        if tensors is self.variants[0][0]:
+            self.calls += 1
+            if self.calls == 2 and isinstance(self.source, DeltaSource):  # so the model has run through once
+                self.source.report_unmet()
         inputs = list(args)
-        for position, tensor in places:
+        for position, tensor in tensors.places.items():
             inputs[position] = tensor
-        return compiled(*inputs, *added)
+        return compiled(*inputs, *tensors.added)
 
-    return call
+    def _bind(self, args: Sequence[Any]) -> tuple[_Tensors, Callable[..., Any]]:
+        """The tensors for parameters that have not come before."""
+        parameters = self.source.parameters(self.gm, args, by_owner=True)
+        rewritten, context = rewrite(self.gm, parameters)
+        tensors = _Tensors.of(self.gm, context, parameters, args)
+        remember(context, args)
+        compiled = self.compiled
+        if tensors.layout != self.layout:
+            names = ", ".join(parameter.name for parameter in parameters.values())
+            log.warning("%s are encoded otherwise than in the graph they share: they run without Inductor", names)
+            compiled = rewritten
+        if self.release:
+            self.source.release(parameters, args)
+        self.variants.append((tensors, compiled))
+        return self.variants[-1]
 
 
 def parse_options(options: Mapping[str, Any]) -> Options:
@@ -135,7 +200,13 @@ def parse_options(options: Mapping[str, Any]) -> Options:
     lower = given.get("lower", "inductor")
     if lower not in ("inductor", "eager"):
         raise UnsupportedError(f'option lower must be "inductor" or "eager", got {lower!r}')
+    release = given.get("release", False)
+    if not isinstance(release, bool):
+        raise UnsupportedError(f"option release must be True or False, got {release!r}")
     fit = {name: given[name] for name in _FIT if name in given}
+    for name in ("planes", "rank"):
+        if name in fit and (not isinstance(fit[name], int) or isinstance(fit[name], bool)):
+            raise UnsupportedError(f"option {name} must be a whole number, got {fit[name]!r}")
     settings: Settings | None = None
     owner: Delta | nn.Module
     if "base" in given:
@@ -151,7 +222,7 @@ def parse_options(options: Mapping[str, Any]) -> Options:
         owner = _load(given["delta"])
         if fit:
             raise UnsupportedError(f"option {next(iter(fit))} belongs to compression, and this delta is already made")
-    return Options(owner, settings, bool(given.get("release", False)), lower, _inductor_options(options))
+    return Options(owner, settings, release, lower, _inductor_options(options))
 
 
 def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:

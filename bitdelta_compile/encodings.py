@@ -41,6 +41,12 @@ class Encoding:
         """Bytes of the tensors of this encoding."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What a graph over this encoding depends on: everything but the values."""
+        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return (self.kind, *((name, _layout(value)) for name, value in fields))
+
     def apply(self, base: Tensor) -> Tensor:
         """The tuned parameter, dense: `base` [the base's shape] -> fp32 [shape] (`dense`, `same` keep their dtype)."""
         raise NotImplementedError
@@ -200,6 +206,12 @@ class Rows(Encoding):
         rows[:kept] = under_rows[:kept]
         rows[self.index] = self.values.float()
         return tuned
+
+
+def _layout(value: object) -> object:
+    if isinstance(value, Encoding):
+        return value.layout
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
 
 
 KINDS: dict[str, type[Encoding]] = {cls.kind: cls for cls in (Same, Dense, Sign, Rows)}

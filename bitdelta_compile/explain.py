@@ -57,6 +57,7 @@ class _Graph:
 
 
 _graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> list[_Graph]
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> its name in the base or delta
 
 
 def remember(context: Context, example_inputs: Sequence[Any]) -> None:
@@ -69,9 +70,12 @@ def remember(context: Context, example_inputs: Sequence[Any]) -> None:
     )
     encodings = {parameter.name: parameter.encoding for parameter in context.parameters.values()}
     record = _Graph(nodes, tuple(context.uses), encodings)
-    for value in example_inputs:
+    bound = {node.name: parameter.name for node, parameter in context.parameters.items()}
+    for node, value in zip(context.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
         if isinstance(value, nn.Parameter):
             _graphs.setdefault(value, []).append(record)
+            if node.name in bound:
+                _known[value] = bound[node.name]
 
 
 class Explanation:
@@ -130,9 +134,7 @@ def explain(subject: nn.Module | Delta) -> Explanation:
         return Explanation([_line(name, encoding) for name, encoding in subject.encodings.items()])
     model = getattr(subject, "_orig_mod", subject)
     graphs: list[_Graph] = []
-    own: dict[str, nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
-        own[name] = parameter
+    for parameter in model.parameters():
         graphs.extend(graph for graph in _graphs.get(parameter, ()) if graph not in graphs)
     if not graphs:
         raise BitDeltaError('nothing to explain yet: compile the model with backend="bitdelta" and call it once')
@@ -147,8 +149,8 @@ def explain(subject: nn.Module | Delta) -> Explanation:
     ]
     lines += [
         Line(name, "own", parameter.numel(), parameter.nbytes, parameter.nbytes, ("the model's own tensor",))
-        for name, parameter in own.items()
-        if name not in encodings and not any(name.endswith(known) or known.endswith(name) for known in encodings)
+        for name, parameter in model.named_parameters()
+        if parameter not in _known
     ]
     return Explanation(lines, graphs)
 

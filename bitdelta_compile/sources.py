@@ -6,6 +6,7 @@ recompilations) share one packed copy.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -34,27 +35,38 @@ class DeltaSource:
     """The graph is the base's; the delta says what its parameters become."""
 
     def __init__(self, delta: Delta) -> None:
-        self.delta = delta
+        # Not the delta itself: sources are kept under it, weakly.
+        self._encodings, self._tied, self._fingerprint = delta.encodings, delta.tied, delta.fingerprint
         self._base_names = match_names(delta.encodings, delta.fingerprint.names)
-        self._checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._bound: WeakIdKeyDictionary = WeakIdKeyDictionary()  # base Parameter -> its encoding, checked and placed
+        self._unmet = {name for name, encoding in delta.encodings.items() if encoding.kind != "same"}
 
-    def parameters(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Node, Parameter]:
+    def parameters(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, by_owner: bool = False
+    ) -> dict[fx.Node, Parameter]:
         """The graph's parameters that the delta knows, each checked against the base's fingerprint."""
         inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-        names = parameter_inputs(gm, example_inputs, [*self.delta.encodings, *self.delta.tied])
+        names = parameter_inputs(gm, example_inputs, self.names(), by_owner=by_owner)
         found: dict[fx.Node, Parameter] = {}
         for node, alias in names.items():
-            name = self.delta.tied.get(alias, alias)
-            encoding = self.delta.encodings[name]
-            self._check(name, inputs[node], encoding)
-            found[node] = Parameter(name, encoding, inputs[node])
+            name, tensor = self._tied.get(alias, alias), inputs[node]
+            if tensor not in self._bound:
+                self._check(name, tensor, self._encodings[name])
+                with torch.inference_mode(False):
+                    self._bound[tensor] = _placed(self._encodings[name], tensor)
+            found[node] = Parameter(name, self._bound[tensor], tensor)
+            self._unmet.discard(name)
         return found
 
+    def names(self) -> list[str]:
+        """Names the delta knows, aliases included."""
+        return [*self._encodings, *self._tied]
+
     def _check(self, name: str, tensor: Tensor, encoding: Encoding) -> None:
-        if tensor in self._checked or name not in self._base_names or torch_internals.is_fake(tensor):
+        if name not in self._base_names or torch_internals.is_fake(tensor):
             return
         base_name = self._base_names[name]
-        shape = self.delta.fingerprint.shape(base_name)
+        shape = self._fingerprint.shape(base_name)
         grown = isinstance(encoding, Rows) and encoding.shape != shape
         if grown and tuple(tensor.shape) == shape:
             raise UnsupportedError(
@@ -62,12 +74,21 @@ class DeltaSource:
                 f"compiling, for instance with base.resize_token_embeddings({encoding.shape[0]})"
             )
         comparable = tensor[tuple(slice(0, size) for size in shape)] if grown else tensor
-        difference = self.delta.fingerprint.difference(base_name, comparable)
+        difference = self._fingerprint.difference(base_name, comparable)
         if difference is not None:
             raise BaseMismatchError(
                 f"this model is not the base the delta was made for: {difference}; compile the base it was made against"
             )
-        self._checked[tensor] = True
+
+    def report_unmet(self) -> None:
+        """Say once which parameters no graph has had, when all should have come: eager layers run on base weights."""
+        if self._unmet:
+            log.warning(
+                "%d parameters of the delta have met no compiled graph (%s is the first): if the model uses them, "
+                "Dynamo left those layers to eager, where they run on the base's weights; fullgraph=True shows why",
+                len(self._unmet), min(self._unmet),
+            )  # fmt: skip
+            self._unmet.clear()
 
     def release(self, parameters: Mapping[fx.Node, Parameter], example_inputs: Sequence[Any]) -> None:
         raise UnsupportedError(
@@ -81,20 +102,33 @@ class BaseSource:
     def __init__(self, base: nn.Module, settings: Settings) -> None:
         self.settings = settings
         self._base = weakref.ref(base)
-        self._encoded: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tuned Parameter -> Parameter
+        self._encoded: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tuned Parameter -> (its version, Parameter)
 
-    def parameters(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Node, Parameter]:
+    def parameters(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, by_owner: bool = False
+    ) -> dict[fx.Node, Parameter]:
         """The graph's parameters that the base has too, compressed."""
+        theirs = self._theirs()
+        inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+        names = parameter_inputs(gm, example_inputs, theirs, by_owner=by_owner)
+        new = {node: name for node, name in names.items() if not self._is_encoded(inputs[node])}
+        if new:
+            self._encode(gm, example_inputs, new, inputs, theirs)
+        return {node: self._encoded[inputs[node]][1] for node in names}
+
+    def names(self) -> list[str]:
+        """Names of the base's parameters, aliases included."""
+        return list(self._theirs())
+
+    def _theirs(self) -> dict[str, Tensor]:
         base = self._base()
         if base is None:
             raise UnsupportedError("the base model given in options has been deleted: keep a reference to it")
-        theirs = dict(base.named_parameters(remove_duplicate=False))
-        inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-        names = parameter_inputs(gm, example_inputs, theirs)
-        new = {node: name for node, name in names.items() if inputs[node] not in self._encoded}
-        if new:
-            self._encode(gm, example_inputs, new, inputs, theirs)
-        return {node: self._encoded[inputs[node]] for node in names}
+        return dict(base.named_parameters(remove_duplicate=False))
+
+    def _is_encoded(self, tuned: Tensor) -> bool:
+        """Whether it was compressed and nobody has written to it since (another checkpoint loaded, a training step)."""
+        return tuned in self._encoded and self._encoded[tuned][0] == _version(tuned)
 
     def _encode(
         self,
@@ -114,12 +148,32 @@ class BaseSource:
                 raise UnsupportedError(
                     f"{name} is on {tensor.device} but the base's is on {theirs[name].device}: move both to one device"
                 )
-        base = {name: theirs[name].detach() for name in tuned}
-        encodings, _ = encode(base, tuned, graph_forward(gm, example_inputs, inputs), self.settings)
-        for node, name in new.items():
-            self._encoded[inputs[node]] = Parameter(
-                name, encodings[name], self._in_tuned_dtype(name, base[name], tuned[name])
-            )
+        # What is made here outlives the call, which may be under torch.inference_mode.
+        with torch.inference_mode(False):
+            base = {name: theirs[name].detach() for name in tuned}
+            encodings, _ = encode(base, tuned, graph_forward(gm, example_inputs, inputs), self.settings)
+            self._check_related(encodings, theirs)
+            for node, name in new.items():
+                here = self._in_tuned_dtype(name, base[name], tuned[name])
+                bound = Parameter(name, _placed(encodings[name], tuned[name]), here)
+                self._encoded[inputs[node]] = (_version(inputs[node]), bound)
+
+    def _check_related(self, encodings: Mapping[str, Encoding], theirs: Mapping[str, Tensor]) -> None:
+        """Matrices that all have to be stored outright: a new head, or no fine-tune of this base at all."""
+
+        def is_large(shape: Sequence[int]) -> bool:
+            return len(shape) == 2 and shape[0] * shape[1] >= self.settings.min_elements
+
+        matrices = [name for name, encoding in encodings.items() if is_large(encoding.shape)]
+        if not matrices or any(encodings[name].kind != "dense" for name in matrices):
+            return
+        message = (
+            f"none of the {len(matrices)} matrices of this graph is near the base's ({matrices[0]} is the first): "
+            "a delta cannot pay"
+        )
+        if 2 * len(matrices) > sum(is_large(tensor.shape) for tensor in theirs.values()):
+            raise BaseMismatchError(f"{message}; give the model that was fine-tuned as the base")
+        log.warning("%s, the tuned tensors are kept", message)
 
     def _in_tuned_dtype(self, name: str, base: Tensor, tuned: Tensor) -> Tensor:
         if base.dtype == tuned.dtype:
@@ -140,6 +194,23 @@ class BaseSource:
                 log.info("%s keeps its tuned weights: the base has another shape", parameter.name)
                 continue
             tuned.data = parameter.base.data
+            self._encoded[tuned] = (_version(tuned), parameter)
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts the writes to a tensor; tensors made under torch.inference_mode are not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _placed(encoding: Encoding, parameter: Tensor) -> Encoding:
+    """The encoding where the graph runs: on the parameter's device, tuned values in the parameter's dtype."""
+    fields: dict[str, Any] = {
+        name: tensor.to(parameter.device, parameter.dtype if name in ("value", "values") else tensor.dtype)
+        for name, tensor in encoding.tensors().items()
+    }
+    if isinstance(encoding, Rows) and encoding.over is not None:
+        fields["over"] = _placed(encoding.over, parameter)
+    return dataclasses.replace(encoding, **fields)
 
 
 Source = DeltaSource | BaseSource

@@ -2,8 +2,8 @@
 
 Dynamo names an input by where it found it, seen from the frame it compiled:
 `L['self']._modules['fc']._parameters['weight']`. When the frame is the whole model that is the qualified name; after a
-graph break inside a submodule it is only the tail of one. A tail that fits a single known name is taken; otherwise the
-module tree that owns the parameter is searched.
+graph break inside a submodule, or under a wrapper, it is only the tail of one, or more than one. A name that is known
+and the tail of no other is taken; otherwise the module tree that owns the parameter is searched.
 """
 
 from __future__ import annotations
@@ -16,22 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import UnsupportedError
 from ..lowering import torch_internals
+
+Tails = dict[tuple[str, ...], list[str]]
 
 _STEP = re.compile(r"_(?:modules|parameters)\['([^']*)'\]")
 _ATTRIBUTE = re.compile(r"\.([A-Za-z_]\w*)(?![\w(])")
 
 
-def parameter_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], known: Iterable[str]) -> dict[fx.Node, str]:
+def parameter_inputs(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], known: Iterable[str], *, by_owner: bool = False
+) -> dict[fx.Node, str]:
     """Placeholders that are parameters, with the qualified name of each as `known` spells it.
 
     Args:
         gm: a graph from Dynamo.
         example_inputs: its inputs; parameters are the real ones.
         known: qualified names of the base or of the delta.
+        by_owner: the inputs are another module's than the graph was captured from: its sources say nothing.
 
     Returns:
         Placeholder -> name, in graph order. A parameter that `known` does not have is left out: it is the model's own.
+
+    Raises:
+        UnsupportedError: a parameter that may be one of several known ones.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     parameters = {
@@ -39,35 +48,93 @@ def parameter_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], known: I
     }
     tails = _by_tail(known)
     names: dict[fx.Node, str] = {}
-    unsure: dict[fx.Node, Tensor] = {}
+    unsure: dict[fx.Node, tuple[Tensor, list[str]]] = {}
     for node, parameter in parameters.items():
-        candidates = tails.get(_tail(torch_internals.placeholder_source(node) or ""), [])
-        if len(candidates) == 1:
+        tail = () if by_owner else _tail(torch_internals.placeholder_source(node) or "")
+        candidates = tails.get(tail, [])
+        if candidates == [".".join(tail)]:
             names[node] = candidates[0]
         else:
-            unsure[node] = parameter
+            unsure[node] = parameter, candidates
     if unsure:
-        owned = owner_names(unsure.values())
-        for node, parameter in unsure.items():
-            found = {match for name in owned.get(id(parameter), ()) for match in _longest_match(name, tails)}
-            if len(found) == 1:
-                names[node] = found.pop()
+        owned = owner_names((parameter for parameter, _ in unsure.values()), tails)
+        for node, (tensor, candidates) in unsure.items():
+            found = owned.get(id(tensor), candidates)
+            if len(found) > 1:
+                raise UnsupportedError(
+                    f"a parameter of this graph ({torch_internals.placeholder_source(node)}) may be any of "
+                    f"{', '.join(sorted(found))}: compile the module that owns them all"
+                )
+            if found:
+                names[node] = found[0]
     return {node: names[node] for node in parameters if node in names}
 
 
-def owner_names(parameters: Iterable[Tensor]) -> dict[int, list[str]]:
-    """Qualified names of parameters in the outermost modules alive that hold them, by id of the parameter."""
+def shares_names(example_inputs: Sequence[Any], known: Iterable[str]) -> bool:
+    """Whether a model that owns one of these parameters has others that `known` names; True without any parameters."""
+    parameters = [value for value in example_inputs if isinstance(value, nn.Parameter)]
+    if not parameters:
+        return True
+    tails = _by_tail(known)
+    return any(_align(names, tails) for names in _owners(parameters))
+
+
+def owner_names(parameters: Iterable[Tensor], tails: Tails) -> dict[int, list[str]]:
+    """Known names of parameters, found by way of the outermost modules alive that own them.
+
+    Returns:
+        id of a parameter that some module owns -> its known name (of tied ones, the first); none when it is the
+        module's own, several when modules that have equally many known parameters disagree.
+    """
+    found: dict[int, list[str]] = {}
+    most: dict[int, int] = {}
+    for names in _owners(parameters):
+        aligned = _align(names, tails)
+        here: dict[int, str] = {}
+        for name, parameter in names.items():
+            found.setdefault(id(parameter), [])
+            if name in aligned:
+                here.setdefault(id(parameter), aligned[name])
+        for key, known in here.items():
+            if len(aligned) > most.get(key, 0):
+                most[key], found[key] = len(aligned), [known]
+            elif len(aligned) == most[key] and known not in found[key]:
+                found[key].append(known)
+    return found
+
+
+def _owners(parameters: Iterable[Tensor]) -> list[dict[str, Tensor]]:
+    """The named parameters of the outermost modules alive that own at least one of `parameters`."""
     wanted = {id(parameter) for parameter in parameters}
     modules = [obj for obj in gc.get_objects() if issubclass(type(obj), nn.Module)]
     children = {id(child) for module in modules for child in module.__dict__.get("_modules", {}).values()}
-    found: dict[int, list[str]] = {}
-    for root in modules:
-        if id(root) in children or "_parameters" not in root.__dict__:
-            continue
-        for name, parameter in root.named_parameters(remove_duplicate=False):
-            if id(parameter) in wanted:
-                found.setdefault(id(parameter), []).append(name)
-    return found
+    roots = [module for module in modules if id(module) not in children and "_parameters" in module.__dict__]
+    named = (dict(root.named_parameters(remove_duplicate=False)) for root in roots)
+    return [names for names in named if any(id(parameter) in wanted for parameter in names.values())]
+
+
+def _align(names: Iterable[str], tails: Tails) -> dict[str, str]:
+    """A module's names -> known names. The two differ by a prefix that one side has throughout: `bert.`, `model.`.
+
+    The prefix that pairs the most names is taken, and any other that pairs at least half as many: a wrapper may hold
+    the model twice. Fewer are coincidence, such as a head with a `0.weight` of its own.
+    """
+    readings: dict[tuple[str, str], dict[str, str]] = {}
+    for name in names:
+        parts = tuple(name.split("."))
+        for start in range(len(parts)):
+            rest = ".".join(parts[start:])
+            if rest in tails.get(parts[start:], ()):
+                readings.setdefault((".".join(parts[:start]), ""), {})[name] = rest
+        for known in tails.get(parts, ()):
+            if known != name:
+                readings.setdefault(("", known[: -len(name)]), {})[name] = known
+    most = max(map(len, readings.values()), default=0)
+    aligned: dict[str, str] = {}
+    for reading in sorted(readings.values(), key=len):
+        if 2 * len(reading) >= most:
+            aligned |= reading
+    return aligned
 
 
 def exported_parameter_inputs(program: torch.export.ExportedProgram) -> dict[fx.Node, str]:
@@ -85,21 +152,11 @@ def _tail(source: str) -> tuple[str, ...]:
     return tuple(part for step in steps for part in step.split("."))
 
 
-def _by_tail(known: Iterable[str]) -> dict[tuple[str, ...], list[str]]:
+def _by_tail(known: Iterable[str]) -> Tails:
     """Every tail of every known name -> the names it may mean."""
-    tails: dict[tuple[str, ...], list[str]] = {}
+    tails: Tails = {}
     for name in known:
         parts = tuple(name.split("."))
         for start in range(len(parts)):
             tails.setdefault(parts[start:], []).append(name)
     return tails
-
-
-def _longest_match(name: str, tails: Mapping[tuple[str, ...], list[str]]) -> list[str]:
-    """Known names that end as `name` does, for the longest ending that any does: wrappers add prefixes."""
-    parts = tuple(name.split("."))
-    for start in range(len(parts)):
-        exact = [known for known in tails.get(parts[start:], []) if len(known.split(".")) == len(parts) - start]
-        if exact:
-            return exact
-    return tails.get(parts, [])

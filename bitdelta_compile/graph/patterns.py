@@ -64,11 +64,11 @@ def _product(node: fx.Node, view: View) -> LinearUse | None:
         target = known.get(str(target), target)
     named: dict[str, Any]
     if target in _LINEAR:
-        named = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
+        named = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
         if named.get("weight") is view.node and named.get("input") is not view.node:
             return LinearUse(node, named["input"], named.get("bias"), transposed=view.transposed)
     elif target in _ADDMM:
-        named = dict(zip(("input", "mat1", "mat2"), args, strict=False)) | dict(kwargs)
+        named = {**dict(zip(("input", "mat1", "mat2"), args, strict=False)), **kwargs}
         plain = named.get("beta", 1) == 1 and named.get("alpha", 1) == 1
         if plain and named.get("mat2") is view.node and view.node not in (named.get("input"), named.get("mat1")):
             return LinearUse(node, named["mat1"], named["input"], transposed=not view.transposed)
