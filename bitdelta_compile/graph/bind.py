@@ -2,8 +2,8 @@
 
 Dynamo names an input by where it found it, seen from the frame it compiled:
 `L['self']._modules['fc']._parameters['weight']`. When the frame is the whole model that is the qualified name; after a
-graph break inside a submodule, or under a wrapper, it is only the tail of one, or more than one. A name that is known
-and the tail of no other is taken; otherwise the module tree that owns the parameter is searched.
+graph break inside a submodule it is only the tail of one, and under a wrapper, which may have a head with the same
+names, it is longer. So the module tree that owns the parameter is searched; Dynamo's name decides where that fails.
 """
 
 from __future__ import annotations
@@ -47,27 +47,21 @@ def parameter_inputs(
         node: value for node, value in zip(placeholders, example_inputs, strict=True) if isinstance(value, nn.Parameter)
     }
     tails = _by_tail(known)
+    owned = owner_names(parameters.values(), tails)
     names: dict[fx.Node, str] = {}
-    unsure: dict[fx.Node, tuple[Tensor, list[str]]] = {}
     for node, parameter in parameters.items():
         tail = () if by_owner else _tail(torch_internals.placeholder_source(node) or "")
-        candidates = tails.get(tail, [])
-        if candidates == [".".join(tail)]:
-            names[node] = candidates[0]
-        else:
-            unsure[node] = parameter, candidates
-    if unsure:
-        owned = owner_names((parameter for parameter, _ in unsure.values()), tails)
-        for node, (tensor, candidates) in unsure.items():
-            found = owned.get(id(tensor), candidates)
-            if len(found) > 1:
-                raise UnsupportedError(
-                    f"a parameter of this graph ({torch_internals.placeholder_source(node)}) may be any of "
-                    f"{', '.join(sorted(found))}: compile the module that owns them all"
-                )
-            if found:
-                names[node] = found[0]
-    return {node: names[node] for node in parameters if node in names}
+        found = owned.get(id(parameter), tails.get(tail, []))
+        if len(found) > 1:
+            found = [name for name in found if name == ".".join(tail)] or found
+        if len(found) > 1:
+            raise UnsupportedError(
+                f"a parameter of this graph ({torch_internals.placeholder_source(node)}) may be any of "
+                f"{', '.join(sorted(found))}: compile the module that owns them all"
+            )
+        if found:
+            names[node] = found[0]
+    return names
 
 
 def shares_names(example_inputs: Sequence[Any], known: Iterable[str]) -> bool:
@@ -106,7 +100,9 @@ def owner_names(parameters: Iterable[Tensor], tails: Tails) -> dict[int, list[st
 def _owners(parameters: Iterable[Tensor]) -> list[dict[str, Tensor]]:
     """The named parameters of the outermost modules alive that own at least one of `parameters`."""
     wanted = {id(parameter) for parameter in parameters}
-    modules = [obj for obj in gc.get_objects() if issubclass(type(obj), nn.Module)]
+    everything = (obj for obj in gc.get_objects() if issubclass(type(obj), nn.Module))
+    # What torch.compile returns holds the model under a name that is no part of the model's own.
+    modules = [obj for obj in everything if "_orig_mod" not in obj.__dict__.get("_modules", {})]
     children = {id(child) for module in modules for child in module.__dict__.get("_modules", {}).values()}
     roots = [module for module in modules if id(module) not in children and "_parameters" in module.__dict__]
     named = (dict(root.named_parameters(remove_duplicate=False)) for root in roots)
@@ -116,8 +112,8 @@ def _owners(parameters: Iterable[Tensor]) -> list[dict[str, Tensor]]:
 def _align(names: Iterable[str], tails: Tails) -> dict[str, str]:
     """A module's names -> known names. The two differ by a prefix that one side has throughout: `bert.`, `model.`.
 
-    The prefix that pairs the most names is taken, and any other that pairs at least half as many: a wrapper may hold
-    the model twice. Fewer are coincidence, such as a head with a `0.weight` of its own.
+    The prefix that pairs the most names is taken, and any other of the module's side that pairs at least half as many:
+    a wrapper may hold the model twice. Fewer are coincidence, such as a head with a `0.weight` of its own.
     """
     readings: dict[tuple[str, str], dict[str, str]] = {}
     for name in names:
@@ -130,9 +126,11 @@ def _align(names: Iterable[str], tails: Tails) -> dict[str, str]:
             if known != name:
                 readings.setdefault(("", known[: -len(name)]), {})[name] = known
     most = max(map(len, readings.values()), default=0)
+    known_side = [len(reading) for (_, prefix), reading in readings.items() if prefix]
     aligned: dict[str, str] = {}
-    for reading in sorted(readings.values(), key=len):
-        if 2 * len(reading) >= most:
+    for (_, prefix), reading in sorted(readings.items(), key=lambda item: len(item[1])):
+        unclear = bool(prefix) and (len(reading) < max(known_side) or known_side.count(len(reading)) > 1)
+        if 2 * len(reading) >= most and not unclear:
             aligned |= reading
     return aligned
 
