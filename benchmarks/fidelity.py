@@ -1,4 +1,4 @@
-"""How much of a fine-tune one bit per weight keeps: ours beside the paper's weights-only start, real models, no data."""
+"""How much of a fine-tune one bit per weight keeps: ours beside the paper's weights-only start, no data."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Packed sign planes: their bit layout, the reference semantics of every op, and device code. Imports torch and triton only."""
+"""Packed sign planes: bit layout, reference semantics of every op, device code. Imports torch and triton only."""

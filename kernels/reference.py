@@ -43,7 +43,7 @@ def delta_weight(
 
 
 def slot_of_row(tenant: Tensor | None, rows: int) -> Tensor:
-    """The slot of each of M flattened rows, int64 [M]: row m belongs to entry m // (M // R); no row index means slot 0."""
+    """The slot of each of M flattened rows, int64 [M]: row m belongs to entry m // (M // R); without an index, 0."""
     if tenant is None:
         return torch.zeros(rows, dtype=torch.int64)
     return tenant.long().repeat_interleave(rows // tenant.numel())

@@ -32,7 +32,7 @@ def stamp(patches: Mapping[str, Any]) -> dict[str, Any]:
 
     configured = patches.get(_SLOT, getattr(config, _SLOT))
 
-    class SourceStamp(CustomGraphPass):  # type: ignore[misc]
+    class SourceStamp(CustomGraphPass):
         def __call__(self, graph: Any) -> None:
             for inner in configured if isinstance(configured, list | tuple) else [configured]:
                 if inner is not None:

@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from torch._inductor import ir
-from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf, get_export_declaration
+from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.utils import parallel_num_threads
@@ -30,7 +30,7 @@ def kernel_source(name: str) -> str:
     return (KERNELS / name).read_text(encoding="utf-8")
 
 
-class DeltaLinearTemplate(CppTemplate):  # type: ignore[misc]
+class DeltaLinearTemplate(CppTemplate):
     """One delta_linear over x [M, K] with M dynamic; see the template for its inputs."""
 
     def __init__(self, inputs: dict[str, Any], layout: ir.Layout, *, features: int) -> None:
@@ -93,7 +93,6 @@ class DeltaLinearTemplate(CppTemplate):  # type: ignore[misc]
             "N": int(signs[2]),
             "rank": 0 if left is None else int(left.get_size()[2]),
             "num_threads": self.num_threads,
-            "export_declaration": get_export_declaration(),
         }
         with patch.object(V.graph, "get_dtype", self._fake_get_dtype(source)):
             return str(self._template_from_string(kernel_source("delta_linear.cpp.jinja")).render(**options))

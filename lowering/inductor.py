@@ -31,7 +31,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Ma
     register_lowerings()
     patches = dict(options)
     patches |= stamp(patches)
-    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    return compiled  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -84,7 +85,7 @@ def _delta_linear(
         for name, node in inputs.items()
     }
     result = ir.FixedLayout(device, dtype, [rows, outputs])
-    template = DeltaLinearTemplate(realized, result, features=int(features))
+    template: Any = DeltaLinearTemplate(realized, result, features=int(features))
     return view(template.generate().output_node(), [*batch, outputs])
 
 
@@ -107,7 +108,7 @@ def _delta_embedding(
 
     slots, planes, vocabulary, _ = signs.get_size()
     rank = 0 if left is None else int(left.get_size()[2])
-    loads = {
+    loads: dict[str, Any] = {
         name: None if node is None else node.make_loader()
         for name, node in (
             ("ids", ids), ("signs", signs), ("row", row_scale), ("col", col_scale), ("left", left), ("right", right),

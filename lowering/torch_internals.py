@@ -39,12 +39,12 @@ def placeholder_source(node: fx.Node) -> str | None:
 def copy_source(original: fx.Node, node: fx.Node) -> None:
     """Give the copy of a placeholder the source of its original: AOTAutograd asks every placeholder for one."""
     if hasattr(original, "_dynamo_source"):
-        node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+        node._dynamo_source = original._dynamo_source
 
 
 def mark_added_input(node: fx.Node) -> None:
     """Make a placeholder that we add acceptable to AOTAutograd, and static: a tensor that CUDA graphs need not copy."""
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
