@@ -16,6 +16,7 @@ from torch import Tensor
 # Elements of one block of a delta in fp32: bounds the memory beyond the checkpoints (1 MiB per temporary).
 BLOCK_ELEMENTS = 1 << 18
 BLOCK_TOKENS = 2048
+ENOUGH_TOKENS = 256  # inputs of shorter calls are gathered: every pass unpacks the whole delta
 # Damping H + 0.01 mean(diag H) I, as in GPTQ (arXiv 2210.17323): directions that calibration never showed still count
 # a little.
 DAMPING = 0.01
@@ -181,6 +182,7 @@ class ScaleFit:
         self.tokens = 0
         self.input_energy = 0.0
         self.embedding = False
+        self._pending: list[Tensor] = []  # inputs of short calls, until there are enough of them to be worth a pass
         device = self.matrix.tuned.device
         self._inputs = _Statistics.zeros(self.matrix.rows, planes.count, device)
         self._identity = _Statistics.zeros(self.matrix.rows, planes.count, device)
@@ -204,6 +206,19 @@ class ScaleFit:
         """Add inputs x [*, K] of one call of the layer."""
         flat = x.detach().reshape(-1, self.matrix.features)
         self.tokens += flat.shape[0]
+        if flat.shape[0] < ENOUGH_TOKENS:
+            self._pending.append(flat.clone())
+            if sum(short.shape[0] for short in self._pending) >= ENOUGH_TOKENS:
+                self._flush()
+        else:
+            self._accumulate(flat)
+
+    def _flush(self) -> None:
+        if self._pending:
+            short, self._pending = torch.cat(self._pending), []
+            self._accumulate(short)
+
+    def _accumulate(self, flat: Tensor) -> None:
         for chunk in flat.split(BLOCK_TOKENS):
             tokens = chunk.float().T  # [K, t]
             self.input_energy += float(tokens.square().sum(dtype=torch.float64))
@@ -223,6 +238,7 @@ class ScaleFit:
         decide. Where a tied matrix is both multiplied and looked up, both count equally, each relative to its own
         energy.
         """
+        self._flush()
         inputs, identity = self._inputs, self._identity
         shown = 1 / inputs.energy if self.input_energy > 0 and inputs.energy > 0 else 0.0
         alone = 1 / identity.energy if identity.energy > 0 else 1.0
