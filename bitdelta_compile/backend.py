@@ -29,7 +29,8 @@ from .delta import Delta
 from .errors import BaseMismatchError, BitDeltaError, UnsupportedError
 from .explain import remember
 from .graph.bind import shares_names
-from .graph.rewrite import Context, Parameter, rewrite
+from .graph.context import Context, Parameter
+from .graph.rewrite import rewrite
 from .lowering import torch_internals
 from .lowering.inductor import compile_graph
 from .sources import BaseSource, DeltaSource, source_for

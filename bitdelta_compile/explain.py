@@ -14,8 +14,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .delta import Delta
 from .encodings import Encoding
 from .errors import BitDeltaError
+from .graph.context import STEMS_FROM, Context, Use
 from .graph.patterns import op_name
-from .graph.rewrite import STEMS_FROM, Context, Use
 
 
 @dataclasses.dataclass(frozen=True)

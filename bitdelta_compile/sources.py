@@ -21,14 +21,15 @@ from .compress.encode import Settings, encode
 from .delta import Delta
 from .encodings import Encoding, Rows
 from .errors import BaseMismatchError, UnsupportedError
-from .graph.bind import parameter_inputs
+from .graph.bind import parameter_inputs, tied_names
+from .graph.context import Parameter
 from .graph.patterns import View, embedding_ids
-from .graph.rewrite import Parameter
 from .lowering import torch_internals
 
 log = logging.getLogger(__name__)
 
 CALIBRATION_TOKENS = 2048
+CALIBRATION_RUNS = 64  # at most: a first call of one token must not cost thousands of forwards
 
 
 class DeltaSource:
@@ -47,11 +48,12 @@ class DeltaSource:
         """The graph's parameters that the delta knows, each checked against the base's fingerprint."""
         inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
         names = parameter_inputs(gm, example_inputs, self.names(), by_owner=by_owner)
+        self._check_ties([inputs[node] for node in names])
         found: dict[fx.Node, Parameter] = {}
         for node, alias in names.items():
             name, tensor = self._tied.get(alias, alias), inputs[node]
             if tensor not in self._bound:
-                self._check(name, tensor, self._encodings[name])
+                self._check(name, alias, tensor)
                 with torch.inference_mode(False):
                     self._bound[tensor] = _placed(self._encodings[name], tensor)
             found[node] = Parameter(name, self._bound[tensor], tensor)
@@ -62,9 +64,20 @@ class DeltaSource:
         """Names the delta knows, aliases included."""
         return [*self._encodings, *self._tied]
 
-    def _check(self, name: str, tensor: Tensor, encoding: Encoding) -> None:
+    def _check_ties(self, tensors: Sequence[Tensor]) -> None:
+        """One tensor of the base cannot become two."""
+        for aliases in tied_names((tensor for tensor in tensors if tensor not in self._bound), self.names()):
+            apart = sorted({self._tied.get(alias, alias) for alias in aliases})
+            if len(apart) > 1:
+                raise UnsupportedError(
+                    f"{' and '.join(apart)} are one tensor in this model but two in the fine-tune: untie them before "
+                    f"compiling, giving {apart[-1]} a copy of its own"
+                )
+
+    def _check(self, name: str, alias: str, tensor: Tensor) -> None:
         if name not in self._base_names or torch_internals.is_fake(tensor):
             return
+        encoding = self._encodings[name]
         base_name = self._base_names[name]
         shape = self._fingerprint.shape(base_name)
         grown = isinstance(encoding, Rows) and encoding.shape != shape
@@ -75,6 +88,11 @@ class DeltaSource:
             )
         comparable = tensor[tuple(slice(0, size) for size in shape)] if grown else tensor
         difference = self._fingerprint.difference(base_name, comparable)
+        if difference is not None and alias != name:
+            raise UnsupportedError(
+                f"{alias} and {name} are one tensor in the fine-tune but two in this model: tie the base's weights "
+                "before compiling, for instance with base.tie_weights()"
+            )
         if difference is not None:
             raise BaseMismatchError(
                 f"this model is not the base the delta was made for: {difference}; compile the base it was made against"
@@ -231,7 +249,7 @@ def source_for(owner: Delta | nn.Module, settings: Settings | None) -> Source:
 def graph_forward(
     gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: Mapping[fx.Node, Any]
 ) -> Callable[[], None] | None:
-    """A calibration run of a captured graph, as often as it takes to see `CALIBRATION_TOKENS` tokens.
+    """Calibration on a captured graph, run as often as it takes to see `CALIBRATION_TOKENS` tokens.
 
     Token ids that are looked up in a table are drawn at random from its vocabulary; every other input is the one of
     this call. None when there is nothing to run it on.
@@ -250,7 +268,7 @@ def graph_forward(
     generator = torch.Generator().manual_seed(0)
 
     def forward() -> None:
-        for _ in range(min(runs, CALIBRATION_TOKENS)):
+        for _ in range(min(runs, CALIBRATION_RUNS)):
             args = []
             for node, value in inputs.items():
                 given = torch_internals.concrete(value)

@@ -572,6 +572,37 @@ def test_one_parameter_of_another_base_is_refused_by_name() -> None:
 # Dtypes and modes
 
 
+class TwoTables(nn.Module):
+    """A lookup and a head of one shape, tied or not."""
+
+    def __init__(self, tie: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(V, H)
+        self.head = nn.Linear(H, V, bias=False)
+        if tie:
+            self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.table(ids)))
+        return logits
+
+
+@pytest.mark.parametrize(("base_tied", "way_out"), [(True, "untie them"), (False, "tie the base's weights")])
+def test_weights_tied_on_one_side_only_are_refused(base_tied: bool, way_out: str) -> None:
+    base, tuned = TwoTables(base_tied), TwoTables(not base_tied)
+    with torch.no_grad():
+        tuned.table.weight.copy_(base.table.weight + 0.01 * torch.randn(V, H))
+        if base_tied:
+            tuned.head.weight.copy_(base.table.weight + 0.01 * torch.randn(V, H))
+    delta = bdc.compress(base, tuned)
+    compiled = torch.compile(base, backend="bitdelta", options={"delta": delta, **EAGER})
+    with pytest.raises(BackendCompilerFailed, match=way_out) as caught, torch.no_grad():
+        compiled(torch.arange(5))
+    assert "table.weight" in str(caught.value)
+    assert "head.weight" in str(caught.value)
+
+
 def test_base_in_another_dtype_warns_and_is_right(caplog: pytest.LogCaptureFixture) -> None:
     base = Classifier()
     tuned = fine_tuned(base).bfloat16()

@@ -97,6 +97,19 @@ def owner_names(parameters: Iterable[Tensor], tails: Tails) -> dict[int, list[st
     return found
 
 
+def tied_names(parameters: Iterable[Tensor], known: Iterable[str]) -> list[list[str]]:
+    """Known names that mean one and the same tensor, for each of these parameters that has several."""
+    parameters = list(parameters)
+    wanted, tails = {id(parameter) for parameter in parameters}, _by_tail(known)
+    found: list[list[str]] = []
+    for names in _owners(parameters) if parameters else []:
+        shared: dict[int, list[str]] = {}
+        for name, meant in _align(names, tails).items():
+            shared.setdefault(id(names[name]), []).append(meant)
+        found += [meant for key, meant in shared.items() if key in wanted and len(set(meant)) > 1]
+    return found
+
+
 def _owners(parameters: Iterable[Tensor]) -> list[dict[str, Tensor]]:
     """The named parameters of the outermost modules alive that own at least one of `parameters`."""
     wanted = {id(parameter) for parameter in parameters}

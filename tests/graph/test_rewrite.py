@@ -17,7 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from bitdelta_compile.encodings import Dense, Encoding, Rows, Same, Sign
 from bitdelta_compile.errors import UnsupportedError
 from bitdelta_compile.graph.bind import exported_parameter_inputs
-from bitdelta_compile.graph.rewrite import Context, Parameter, rewrite
+from bitdelta_compile.graph.context import Context, Parameter
+from bitdelta_compile.graph.rewrite import rewrite
 
 N, K, V = 6, 37, 11
 aten = torch.ops.aten
