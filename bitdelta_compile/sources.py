@@ -39,7 +39,9 @@ class DeltaSource:
         # Not the delta itself: sources are kept under it, weakly.
         self._encodings, self._tied, self._fingerprint = delta.encodings, delta.tied, delta.fingerprint
         self._base_names = match_names(delta.encodings, delta.fingerprint.names)
-        self._bound: WeakIdKeyDictionary = WeakIdKeyDictionary()  # base Parameter -> its encoding, checked and placed
+        self._bound: WeakIdKeyDictionary = (
+            WeakIdKeyDictionary()
+        )  # base Parameter -> (its dtype and device, its encoding there)
         self._unmet = {name for name, encoding in delta.encodings.items() if encoding.kind != "same"}
 
     def parameters(
@@ -52,11 +54,12 @@ class DeltaSource:
         found: dict[fx.Node, Parameter] = {}
         for node, alias in names.items():
             name, tensor = self._tied.get(alias, alias), inputs[node]
-            if tensor not in self._bound:
+            place = (tensor.dtype, tensor.device)  # `.to()` moves a parameter and keeps its identity
+            if self._bound.get(tensor, (None,))[0] != place:
                 self._check(name, alias, tensor)
                 with torch.inference_mode(False):
-                    self._bound[tensor] = _placed(self._encodings[name], tensor)
-            found[node] = Parameter(name, self._bound[tensor], tensor)
+                    self._bound[tensor] = (place, _placed(self._encodings[name], tensor))
+            found[node] = Parameter(name, self._bound[tensor][1], tensor)
             self._unmet.discard(name)
         return found
 
@@ -120,7 +123,7 @@ class BaseSource:
     def __init__(self, base: nn.Module, settings: Settings) -> None:
         self.settings = settings
         self._base = weakref.ref(base)
-        self._encoded: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tuned Parameter -> (its version, Parameter)
+        self._encoded: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tuned Parameter -> _Encoded
 
     def parameters(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, by_owner: bool = False
@@ -129,10 +132,12 @@ class BaseSource:
         theirs = self._theirs()
         inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
         names = parameter_inputs(gm, example_inputs, theirs, by_owner=by_owner)
+        for node, name in names.items():
+            self._follow(name, inputs[node], theirs[name])
         new = {node: name for node, name in names.items() if not self._is_encoded(inputs[node])}
         if new:
             self._encode(gm, example_inputs, new, inputs, theirs)
-        return {node: self._encoded[inputs[node]][1] for node in names}
+        return {node: self._encoded[inputs[node]].bound for node in names}
 
     def names(self) -> list[str]:
         """Names of the base's parameters, aliases included."""
@@ -146,7 +151,18 @@ class BaseSource:
 
     def _is_encoded(self, tuned: Tensor) -> bool:
         """Whether it was compressed and nobody has written to it since (another checkpoint loaded, a training step)."""
-        return tuned in self._encoded and self._encoded[tuned][0] == _version(tuned)
+        return tuned in self._encoded and self._encoded[tuned].state == _state(tuned)
+
+    def _follow(self, name: str, tuned: Tensor, base: Tensor) -> None:
+        """A parameter that was moved or converted, and not written to, keeps its encoding: the delta follows it."""
+        known = self._encoded.get(tuned)
+        state = _state(tuned)
+        if known is None or known.state == state or known.state[0] != state[0]:
+            return
+        with torch.inference_mode(False):
+            here = self._in_tuned_dtype(name, base.detach().to(tuned.device), tuned)
+            bound = Parameter(name, _placed(known.bound.encoding, tuned), here)
+        self._encoded[tuned] = _Encoded(state, bound)
 
     def _encode(
         self,
@@ -174,7 +190,7 @@ class BaseSource:
             for node, name in new.items():
                 here = self._in_tuned_dtype(name, base[name], tuned[name])
                 bound = Parameter(name, _placed(encodings[name], tuned[name]), here)
-                self._encoded[inputs[node]] = (_version(inputs[node]), bound)
+                self._encoded[inputs[node]] = _Encoded(_state(inputs[node]), bound)
 
     def _check_related(self, encodings: Mapping[str, Encoding], theirs: Mapping[str, Tensor]) -> None:
         """Matrices that all have to be stored outright: a new head, or no fine-tune of this base at all."""
@@ -212,12 +228,20 @@ class BaseSource:
                 log.info("%s keeps its tuned weights: the base has another shape", parameter.name)
                 continue
             tuned.data = parameter.base.data
-            self._encoded[tuned] = (_version(tuned), parameter)
+            self._encoded[tuned] = _Encoded(_state(tuned), parameter)
 
 
-def _version(tensor: Tensor) -> int:
-    """Counts the writes to a tensor; tensors made under torch.inference_mode are not counted."""
-    return 0 if tensor.is_inference() else tensor._version
+@dataclasses.dataclass(frozen=True)
+class _Encoded:
+    """A tuned parameter's encoding, and the state of the parameter that it was made of."""
+
+    state: tuple[int, torch.dtype, torch.device]
+    bound: Parameter
+
+
+def _state(tensor: Tensor) -> tuple[int, torch.dtype, torch.device]:
+    """Changes with every write to a tensor (not counted under torch.inference_mode) and with `.to()`."""
+    return 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device
 
 
 def _placed(encoding: Encoding, parameter: Tensor) -> Encoding:

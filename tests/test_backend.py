@@ -67,7 +67,7 @@ def encodings_of(base: nn.Module) -> dict[str, Encoding]:
     return {
         parameter.name: parameter.encoding
         for source in sources._sources[base].values()
-        for _, parameter in source._encoded.values()  # type: ignore[union-attr]
+        for parameter in [each.bound for each in source._encoded.values()]  # type: ignore[union-attr]
     }
 
 
@@ -680,6 +680,26 @@ def test_release_lets_go_of_the_tuned_weights() -> None:
     theirs = dict(base.named_parameters())
     for name, parameter in tuned.named_parameters():
         assert parameter.data_ptr() == theirs[name].data_ptr()
+
+
+@pytest.mark.parametrize("route", ["base", "delta", "release"])
+def test_a_model_converted_after_its_first_call(route: str) -> None:
+    base = Classifier()
+    tuned = fine_tuned(base, 0.3)
+    ids = torch.randint(V, (8, 5))
+    exact, plain = tuned(ids), base(ids)
+    options: dict[str, Any] = {"delta": bdc.compress(base, tuned)} if route == "delta" else {"base": base}
+    if route == "release":
+        options["release"] = True
+    model = base if route == "delta" else tuned
+    compiled = torch.compile(model, backend="bitdelta", options={**options, **EAGER})
+    with torch.no_grad():
+        before = compiled(ids)
+        model.to(torch.bfloat16)
+        after = compiled(ids)
+    assert after.dtype == torch.bfloat16
+    assert error(before, exact, plain) < 0.8
+    assert error(after, before, plain) < 3e-2
 
 
 def test_release_does_not_go_with_a_delta() -> None:
