@@ -12,7 +12,7 @@ from bitdelta_compile.kernels import layout, reference
 from bitdelta_compile.lowering import inductor, ops
 from torch import Tensor
 
-from .plots import bars
+from .plots import panels
 from .registry import Record, Run, case, last_level_cache, require
 from .timing import side_by_side
 
@@ -70,9 +70,10 @@ WAYS = {
 
 
 def plot(records: list[Record], path: Path) -> None:
-    groups = [f"{r['outputs']}x{r['features']}\n{r['dtype']}, {r['rows']} rows" for r in records]
-    series = {way: [r["seconds"][way] / r["seconds"]["base"] for r in records] for way in WAYS}
-    bars(groups, series, "time / time of the base linear", "Delta op on a CPU, cold weights", path)
+    shaped = [{**record, "shape": f"{record['outputs']} x {record['features']}"} for record in records]
+    series = {"base + delta": "ratio", "delta alone": "delta_ratio", "unpack and matmul": "unpack_ratio"}
+    labels = ("rows (all of one fine-tune)", "time / time of the base linear")
+    panels(shaped, ("dtype", "shape"), "rows", series, labels, "Delta op on a CPU, cold weights", path)
 
 
 @case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def bars(
@@ -34,6 +35,50 @@ def bars(
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
     axes.set_ylabel(y_label)
     axes.set_title(title)
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(series), frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def panels(
+    records: Sequence[Mapping[str, Any]],
+    panel: tuple[str, str],
+    x: str,
+    series: Mapping[str, str],
+    labels: tuple[str, str],
+    title: str,
+    path: Path,
+) -> None:
+    """A grid of small line plots, saved as PNG.
+
+    Args:
+        panel: fields of a record whose values tell the rows and the columns of the grid apart.
+        x: field for the horizontal axis, in powers of two.
+        series: label -> field; a line each, beside a line at 1.
+        labels: of both axes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, columns = (list(dict.fromkeys(record[field] for record in records)) for field in panel)
+    figure, grid = pyplot.subplots(
+        len(rows), len(columns), figsize=(3.2 * len(columns), 2.6 * len(rows) + 0.6), squeeze=False, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for row, axes_of_row in zip(rows, grid, strict=True):
+        for column, axes in zip(columns, axes_of_row, strict=True):
+            chosen = [record for record in records if (record[panel[0]], record[panel[1]]) == (row, column)]
+            for label, field in series.items():
+                axes.plot([record[x] for record in chosen], [record[field] for record in chosen], "o-", label=label)
+            axes.axhline(1.0, color="black", linewidth=0.8)
+            axes.set_xscale("log", base=2)
+            axes.set_title(f"{column}, {row}", fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel(labels[0], fontsize=9)
+    figure.supylabel(labels[1], fontsize=9)
+    figure.suptitle(title)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(series), frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
