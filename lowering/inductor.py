@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import torch_internals
+
 log = logging.getLogger("bitdelta_compile")
 
 
@@ -66,8 +68,6 @@ def _delta_linear(
         _log_fallback(device.type, dtype)
         eager = fallback_handler(torch.ops.bitdelta.delta_linear.default, add_to_fallback_set=False)
         return eager(x, signs, row_scale, col_scale, left, right, tenant, layout=layout)
-    from .cpp import DeltaLinearTemplate
-
     *batch, features = x.get_size()
     outputs = signs.get_size()[2]
     rows = functools.reduce(lambda a, b: a * b, batch, 1)
@@ -85,8 +85,20 @@ def _delta_linear(
         for name, node in inputs.items()
     }
     result = ir.FixedLayout(device, dtype, [rows, outputs])
-    template: Any = DeltaLinearTemplate(realized, result, features=int(features))
+    template: Any = _linear_template()(realized, result, features=int(features))
     return view(template.generate().output_node(), [*batch, outputs])
+
+
+def _linear_template() -> Any:
+    """The template class; its module is where a torch of another layout breaks first."""
+    try:
+        from .cpp import DeltaLinearTemplate
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"torch {torch.__version__} has moved what the C++ template is built on ({error}): "
+            f'use torch {torch_internals.SUPPORTED}, or options={{"lower": "eager"}}'
+        ) from error
+    return DeltaLinearTemplate
 
 
 def _delta_embedding(

@@ -5,6 +5,7 @@ When a new torch moves something, this is the file to mend. Written against torc
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -15,15 +16,16 @@ log = logging.getLogger("bitdelta_compile")
 
 OLDEST = (2, 11)
 NEWEST = (2, 15)
+SUPPORTED = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
 
 
+@functools.cache
 def warn_outside_supported_range(version: str = torch.__version__) -> bool:
     """Log one warning, and return True, when this torch is not one the package was tried on."""
     found = tuple(int(part) for part in version.split(".")[:2])
     if OLDEST <= found <= NEWEST:
         return False
-    supported = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
-    log.warning("torch %s is outside the range %s that this version was tried on", version, supported)
+    log.warning("torch %s is outside the range %s that this version was tried on", version, SUPPORTED)
     return True
 
 

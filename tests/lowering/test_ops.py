@@ -29,7 +29,7 @@ def relative_error(found, expected):
 
 
 CASES = list(
-    itertools.product([torch.float32, torch.bfloat16, torch.float16], [1, 2, 4], [False, True], [0, 3], [None, 2])
+    itertools.product([torch.float32, torch.bfloat16, torch.float16], [1, 2, 3, 4], [False, True], [0, 3], [None, 2])
 )
 
 
