@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BaseMismatchError, CheckpointError
-from .fileformat import FormatError, TensorSpec, map_tensors, read_header, write_safetensors
+from .fileformat import FormatError, map_tensors, read_header
 
-__all__ = ["SIDE_FILES", "Checkpoint", "TensorSpec", "match_names", "open_checkpoint", "write_safetensors"]
+__all__ = ["SIDE_FILES", "Checkpoint", "match_names", "open_checkpoint"]
 
 log = logging.getLogger(__name__)
 

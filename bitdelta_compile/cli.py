@@ -26,8 +26,8 @@ from . import render
 from .errors import BitDeltaError, UnsupportedError
 
 if TYPE_CHECKING:
-    from . import fidelity
     from .delta import Delta
+    from .progress import Progress as Report
 
 CHECK_FAILED, BAD_REQUEST = 1, 2
 
@@ -276,7 +276,7 @@ def _print_json(found: Mapping[str, object]) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[fidelity.Progress]:
+def _progress() -> Iterator[Report]:
     """A callback `(stage, done, total)` that draws one bar per stage on stderr, where that is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:

@@ -16,7 +16,7 @@ from .encodings import KINDS, Encoding
 from .fingerprint import Fingerprint
 from .materialize import MAX_SHARD_SIZE, Merge, write_checkpoint
 
-__all__ = ["Delta", "Fingerprint"]
+__all__ = ["Delta"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

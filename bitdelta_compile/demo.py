@@ -18,8 +18,9 @@ from torch import nn
 
 from . import fidelity
 from .errors import CheckpointError
-from .fidelity import Batch, EncoderOutputs, Progress
+from .fidelity import Batch, EncoderOutputs
 from .materials import BASE, TENANTS, fetch
+from .progress import Progress
 
 if TYPE_CHECKING:
     from .delta import Delta

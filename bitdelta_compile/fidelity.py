@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from .checkpoint import open_checkpoint
 from .errors import CalibrationError, CheckpointError, UnsupportedError
+from .progress import Progress
 
 if TYPE_CHECKING:
     from .delta import Delta
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 Kind = Literal["encoder", "language model"]
 Batch = Mapping[str, Tensor]  # forward's keyword arguments, `attention_mask` [B, S] among them
 

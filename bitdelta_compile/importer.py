@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from . import sidefiles
 from .checkpoint import Checkpoint, match_names, open_checkpoint
-from .delta import Delta, Fingerprint
+from .delta import Delta
 from .encodings import Dense, Encoding, Same, Sign
 from .errors import BaseMismatchError, DeltaFileError, UnsupportedError
-from .fidelity import Progress
+from .fingerprint import Fingerprint
 from .kernels import layout
+from .progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, TensorSpec, match_names, open_checkpoint, write_safetensors
+from .checkpoint import Checkpoint, match_names, open_checkpoint
 from .deltafile import check_grown, stored_tensors
 from .encodings import Dense, Encoding, Rows, Sign
 from .errors import BaseMismatchError, BitDeltaError, DeltaFileError
-from .fileformat import FormatError
+from .fileformat import FormatError, TensorSpec, write_safetensors
 from .fingerprint import Fingerprint
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from .errors import CheckpointError
-from .fidelity import Progress
+from .progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bitdelta_compile.checkpoint import Checkpoint, TensorSpec, match_names, open_checkpoint, write_safetensors
+from bitdelta_compile.checkpoint import Checkpoint, match_names, open_checkpoint
 from bitdelta_compile.errors import BaseMismatchError, CheckpointError
+from bitdelta_compile.fileformat import TensorSpec, write_safetensors
 
 
 class Tied(nn.Module):

@@ -17,6 +17,7 @@ from bitdelta_compile import demo, doctor, fidelity, materials
 from bitdelta_compile.cli import app
 from bitdelta_compile.delta import Delta
 from bitdelta_compile.errors import DeltaFileError
+from bitdelta_compile.progress import Progress
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +237,7 @@ def test_doctor_tries_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_demo_shows_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
 
-    def run(out: Path, cache: Path, *, quick: bool, progress: fidelity.Progress) -> demo.DemoResult:
+    def run(out: Path, cache: Path, *, quick: bool, progress: Progress) -> demo.DemoResult:
         asked.update(out=out, cache=cache, quick=quick)
         progress("stage", 1, 1)
         scores = [fidelity.Fidelity("encoder", 0.9, after, 8, "texts") for after in (0.98, 0.999)]

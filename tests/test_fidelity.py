@@ -149,8 +149,9 @@ def test_verify_without_a_tokenizer_uses_random_tokens(bert_pair, tmp_path: Path
 def lossless(folders):  # type: ignore[no-untyped-def]
     """A delta that stores every tuned parameter in full."""
     from bitdelta_compile.checkpoint import open_checkpoint
-    from bitdelta_compile.delta import Delta, Fingerprint
+    from bitdelta_compile.delta import Delta
     from bitdelta_compile.encodings import Dense
+    from bitdelta_compile.fingerprint import Fingerprint
 
     tuned = open_checkpoint(folders.tuned)
     return Delta(
