@@ -1,7 +1,8 @@
 """How one parameter's delta is stored: `same`, `sign`, `dense`, `rows`; `graph/rewrite.py` dispatches over them too.
 
-An encoding is an immutable bundle of named tensors plus the parameter's shape as the model stores it. `transposed` says
-that the parameter is stored [K, N] (GPT-2's Conv1D) while the encoding speaks of [N, K]: N out, K in.
+An encoding is an immutable bundle of named tensors plus the parameter's shape as the model stores it; two are equal
+only if they are one object. `transposed` says that the parameter is stored [K, N] (GPT-2's Conv1D) while the encoding
+speaks of [N, K]: N out, K in.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .kernels import layout, reference
 _BLOCK = 1 << 18  # weights unpacked at a time: keeps what `apply` needs beyond its result small
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Encoding:
     """Common part of all encodings.
 
@@ -52,7 +53,7 @@ class Encoding:
         raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Same(Encoding):
     """The tuned parameter equals the base's."""
 
@@ -62,7 +63,7 @@ class Same(Encoding):
         return base
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dense(Encoding):
     """The tuned parameter itself.
 
@@ -77,8 +78,32 @@ class Dense(Encoding):
         return self.value
 
 
-@dataclasses.dataclass(frozen=True)
-class Sign(Encoding):
+class Matrix(Encoding):
+    """An encoding of a matrix [N, K].
+
+    Attributes:
+        transposed: the parameter is stored [K, N].
+    """
+
+    transposed: bool  # no dataclass field here: it comes last in the subclasses, after fields without a default
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 2:
+            raise ValueError(f"a {self.kind} encoding is of a matrix, not of shape {list(self.shape)}")
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.shape[1] if self.transposed else self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.shape[0] if self.transposed else self.shape[1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sign(Matrix):
     """P sign planes with scales, and optionally a low-rank part, of a matrix [N, K].
 
     Attributes:
@@ -86,7 +111,6 @@ class Sign(Encoding):
         row_scale: fp32 [P, N].
         col_scale: fp32 [P, K] or None.
         left, right: bf16 [N, r] and [r, K], or None.
-        transposed: the parameter is stored [K, N].
     """
 
     kind = "sign"
@@ -98,8 +122,7 @@ class Sign(Encoding):
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.shape) != 2:
-            raise ValueError(f"sign planes encode matrices, not shape {list(self.shape)}")
+        super().__post_init__()
         stacked = {name: tensor.unsqueeze(0) for name, tensor in self.tensors().items()}
         layout.check_bank(
             stacked["signs"],
@@ -113,19 +136,13 @@ class Sign(Encoding):
             raise ValueError(f"signs of shape {list(self.signs.shape)} do not fit {self.out_features} output features")
 
     @property
-    def out_features(self) -> int:
-        return self.shape[1] if self.transposed else self.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[0] if self.transposed else self.shape[1]
-
-    @property
     def planes(self) -> int:
+        """P."""
         return self.signs.shape[0]
 
     @property
     def rank(self) -> int:
+        """r of the low-rank part, 0 where there is none."""
         return 0 if self.left is None else self.left.shape[1]
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -156,8 +173,8 @@ class Sign(Encoding):
         return tuned
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows(Encoding):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows(Matrix):
     """A matrix of which some rows are stored outright: few rows changed, or the table grew.
 
     Rows listed in `index` are `values`; every other row is what `over` says (the base's own row when `over` is None).
@@ -167,7 +184,6 @@ class Rows(Encoding):
         index: int64 [r], ascending, unique.
         values: the tuned rows in their own dtype, [r, K].
         over: the encoding beneath, for the rows that the base has; its shape is the base's.
-        transposed: the parameter is stored [K, N].
     """
 
     kind = "rows"
@@ -177,8 +193,7 @@ class Rows(Encoding):
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.shape) != 2:
-            raise ValueError(f"rows encode matrices, not shape {list(self.shape)}")
+        super().__post_init__()
         if self.over is not None and self.over.transposed != self.transposed:
             raise ValueError("the sign planes under rows must have the orientation of the rows")
         if self.index.dtype != torch.int64 or self.index.dim() != 1:
@@ -187,15 +202,8 @@ class Rows(Encoding):
             raise ValueError(f"values must be {[self.index.numel(), self.in_features]}, got {list(self.values.shape)}")
 
     @property
-    def out_features(self) -> int:
-        return self.shape[1] if self.transposed else self.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[0] if self.transposed else self.shape[1]
-
-    @property
     def nbytes(self) -> int:
+        """Bytes of the tensors of this encoding and of the one beneath."""
         return super().nbytes + (self.over.nbytes if self.over is not None else 0)
 
     def apply(self, base: Tensor) -> Tensor:
