@@ -60,35 +60,14 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> _Reading:
     return [_Product(weight, input, rows_first=True)]
 
 
-def _matmul(input: Any, other: Any) -> _Reading:
+def _matmul(input: Any, other: Any, /) -> _Reading:
     # A vector on the right is contracted whole: it is x [K] already.
     x_of_other = other.mT if isinstance(other, Tensor) and other.dim() >= 2 else other
     return [_Product(other, input, rows_first=False), _Product(input, x_of_other, rows_first=True)]
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> _Reading:
-    # A scaled product is not x @ W: the delta would need the factor too.
-    return _matmul(mat1, mat2) if alpha == 1 else []
-
-
-def _einsum(*operands: Any) -> _Reading:
-    """Only products that contract the last feature of x with one side of a matrix and put the other side last."""
-    if len(operands) == 2 and isinstance(operands[1], list | tuple):
-        operands = (operands[0], *operands[1])
-    if len(operands) != 3 or not isinstance(operands[0], str) or "->" not in operands[0]:
-        return []
-    inputs, result = operands[0].replace(" ", "").split("->")
-    terms = inputs.split(",")
-    found: _Reading = []
-    for matrix, other in ((1, 0), (0, 1)):
-        if len(terms) != 2 or len(terms[matrix]) != 2 or "." in terms[matrix] or not terms[other] or not result:
-            continue
-        rows_first = terms[matrix][1] == terms[other][-1]
-        in_feature, out_feature = terms[matrix][rows_first], terms[matrix][not rows_first]
-        plain = terms[other].count(in_feature) == 1 and out_feature not in terms[other]
-        if plain and terms[other][:-1] + in_feature == terms[other] and result == terms[other][:-1] + out_feature:
-            found.append(_Product(operands[1 + matrix], operands[1 + other], rows_first))
-    return found
+    return [_Product(mat2, mat1, rows_first=False)] if beta == 1 and alpha == 1 else []
 
 
 def _functional_embedding(
@@ -116,7 +95,6 @@ _READERS: dict[Any, Callable[..., _Reading]] = {
     torch.Tensor.matmul: _matmul,
     torch.Tensor.__matmul__: _matmul,
     _aten.matmul.default: _matmul,
-    torch.functional.einsum: _einsum,
     F.embedding: _functional_embedding,
     torch.embedding: _embedding,
     _aten.embedding.default: _embedding,
@@ -141,10 +119,10 @@ class UseRecorder(TorchFunctionMode):
     """Reports every use of the given parameters while it is entered. Works on real, meta and fake tensors, modules
     and fx graphs.
 
-    Recognised are F.linear, addmm, mm, matmul and @ with the parameter on either side, einsum where it is plainly x @
-    W or x @ W.T, and embedding lookups, of a parameter or its full transpose. Views and queries (`weight.t()`,
-    `weight.dtype`) are not uses. All else is `other`: a slice of a parameter, a converted copy, an elementwise
-    product, or a parameter inside a fused function.
+    Recognised is what the compile pass can rewrite (`graph/patterns.py`): F.linear, mm, matmul and @ with the
+    parameter on either side, addmm (beta and alpha 1) with it on the right, and embedding lookups, of a parameter or
+    its full transpose. Views and queries (`weight.t()`, `weight.dtype`) are not uses. All else is `other`: a slice of
+    a parameter, a converted copy, an elementwise product, einsum, or a parameter inside a fused function.
 
     Args:
         parameters: tensors by name; of names that share one memory (tied weights) the first is reported.
