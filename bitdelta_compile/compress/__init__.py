@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .. import released
 from ..checkpoint import Checkpoint, match_names, open_checkpoint
 from ..delta import Delta
-from ..encodings import Encoding
-from ..errors import BaseMismatchError
+from ..errors import BaseMismatchError, UnsupportedError
+from ..progress import Progress
+from .calibrate import check_amount
 from .configs import check_buffers, check_configs
-from .encode import Method, Settings, encode
+from .encode import Method, Settings, encode, matrices_all_dense
 from .workload import prepare
 
 __all__ = ["Settings", "compress", "encode"]
+
+logger = logging.getLogger(__name__)
 
 
 def compress(
@@ -30,7 +35,7 @@ def compress(
     rank: int = 0,
     tokens: int = 2048,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Delta:
     """Compress `tuned` to a delta against `base`.
 
@@ -50,9 +55,17 @@ def compress(
     Raises:
         BaseMismatchError: no parameter in common, another graph (config, buffers), or weights unrelated to the base's.
         BitDeltaError: NaN or infinite weights.  CalibrationError: calibration that is empty or gives NaN.
-        CheckpointError: a source that cannot be read.  ValueError: an option out of range.
+        CheckpointError: a source that cannot be read.
+        UnsupportedError: an option out of range, or a compiled model whose tuned weights were let go.
     """
-    settings = Settings(method, planes, rank)
+    try:
+        settings = Settings(method, planes, rank)
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from None
+    check_amount(tokens, seed)
+    for module in (base, tuned):
+        if isinstance(module, nn.Module):
+            released.refuse(module.named_parameters())
     ours, theirs = open_checkpoint(base), open_checkpoint(tuned)
     names = match_names(theirs.names(), [*ours.names(), *ours.tied])
     if not any(ours.shape(there) == theirs.shape(name) for name, there in names.items()):
@@ -74,7 +87,13 @@ def compress(
         copy=isinstance(tuned, nn.Module),
         progress=progress,
     )
-    _check_related(ours, theirs, encodings, settings)
+    if dense := matrices_all_dense(encodings, settings):
+        raise BaseMismatchError(
+            f"none of the {len(dense)} matrices of {theirs.source} is near that of {ours.source}: "
+            "it is no fine-tune of this base; give the model that was fine-tuned"
+        )
+    if all(encoding.kind == "same" for encoding in encodings.values()):
+        logger.warning("%s equals its base %s: the delta changes nothing", theirs.source, ours.source)
     options: dict[str, Any] = {"method": method, "planes": planes, "rank": rank, "tokens": tokens, "seed": seed}
     options["calibration"] = "given" if calibration is not None else "random" if workload.forward else "none"
     return Delta.of(ours, theirs, encodings, options=options, report={"parameters": figures})
@@ -91,13 +110,3 @@ def _check_integers(ours: Checkpoint, theirs: Checkpoint, names: Mapping[str, st
                 f"{name} is not floating point ({other.dtype}, the base's {mine.dtype}) and differs from the base's: "
                 "only floating-point weights have deltas; give unquantized checkpoints of one architecture"
             )
-
-
-def _check_related(ours: Checkpoint, theirs: Checkpoint, encodings: Mapping[str, Encoding], settings: Settings) -> None:
-    """Matrices that all have to be stored outright mean that this is no fine-tune of the base."""
-    matrices = [e for e in encodings.values() if len(e.shape) == 2 and e.shape[0] * e.shape[1] >= settings.min_elements]
-    if matrices and all(encoding.kind == "dense" for encoding in matrices):
-        raise BaseMismatchError(
-            f"none of the {len(matrices)} matrices of {theirs.source} is near that of {ours.source}: "
-            "it is no fine-tune of this base; give the model that was fine-tuned"
-        )

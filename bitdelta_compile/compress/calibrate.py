@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..progress import Progress
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
-Progress = Callable[[str, int, int], None]
 # Lengths of random sequences, each with an equal share of the tokens. Attention over many random tokens is nearly an
 # average, unlike any text: short sequences give the later layers inputs with more variety.
 RANDOM_LENGTHS = (8, 16, 32, 64, 128)
@@ -121,6 +121,14 @@ def given_batches(calibration: Iterable[Any], device: torch.device) -> list[Batc
     return batches
 
 
+def check_amount(tokens: int, seed: int) -> None:
+    """CalibrationError for a count of tokens, or a seed, that is none."""
+    if not isinstance(tokens, int) or tokens < 1:
+        raise CalibrationError(f"tokens must be an integer of at least 1, got {tokens!r}")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise CalibrationError(f"seed must be an integer of at most 64 bits, got {seed!r}")
+
+
 def make_batches(
     model: nn.Module,
     calibration: Iterable[str] | Iterable[Mapping[str, Any]] | str | None,
@@ -131,8 +139,7 @@ def make_batches(
 ) -> list[Batch]:
     """Batches for `model` from whatever the caller gave; `tokenizer` is called only for texts."""
     device = device_of(model)
-    if tokens < 1:
-        raise CalibrationError(f"tokens must be at least 1, got {tokens}")
+    check_amount(tokens, seed)
     if calibration is None:
         return random_tokens(model, tokens, seed, device)
     items: list[Any] = [calibration] if isinstance(calibration, str) else list(calibration)

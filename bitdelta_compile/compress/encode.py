@@ -13,6 +13,7 @@ from torch import Tensor
 from ..encodings import Dense, Encoding, Rows, Same, Sign
 from ..errors import CalibrationError
 from ..kernels import layout
+from ..progress import Progress
 from .changes import Change, check_finite, compare, row_blocks
 from .fit import DeltaMatrix, Planes, ScaleFit
 from .lowrank import LowRankFit
@@ -21,7 +22,6 @@ from .uses import Use, UseRecorder
 logger = logging.getLogger(__name__)
 
 Method = Literal["closed_form", "mean_abs"]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +48,20 @@ class Settings:
     def __post_init__(self) -> None:
         if self.method not in ("closed_form", "mean_abs"):
             raise ValueError(f"method must be 'closed_form' or 'mean_abs', got {self.method!r}")
-        if not 1 <= self.planes <= 4:
-            raise ValueError(f"planes must be 1 to 4, got {self.planes}")
-        if self.rank < 0:
-            raise ValueError(f"rank must not be negative, got {self.rank}")
+        if not isinstance(self.planes, int) or not 1 <= self.planes <= 4:
+            raise ValueError(f"planes must be an integer, 1 to 4, got {self.planes!r}")
+        if not isinstance(self.rank, int) or self.rank < 0:
+            raise ValueError(f"rank must be an integer, 0 or more, got {self.rank!r}")
+
+    def sign_bytes(self, rows: int, features: int) -> int:
+        """Bytes of the sign planes, scales and low-rank part of a matrix [rows, features]."""
+        words = self.planes * (rows * (layout.words(features) + 1) + (features if self.scales_columns else 0))
+        return 4 * words + 2 * min(self.rank, rows, features) * (rows + features)
+
+    @property
+    def scales_columns(self) -> bool:
+        """Whether planes have column scales."""
+        return self.columns and self.method != "mean_abs"
 
 
 class _Collector:
@@ -71,7 +81,7 @@ class _Collector:
         if name not in self.fits:
             one_scale = self.settings.method == "mean_abs"
             matrix = DeltaMatrix(self.base[name], self.tuned[name], self.transposed.get(name, False))
-            columns = self.settings.columns and not one_scale
+            columns = self.settings.scales_columns
             self.fits[name] = ScaleFit(Planes(matrix, self.settings.planes, columns=columns, one_scale=one_scale))
         return self.fits[name]
 
@@ -248,6 +258,19 @@ def encode(
     return encodings, report
 
 
+def matrices_all_dense(encodings: Mapping[str, Encoding], settings: Settings) -> list[str]:
+    """The matrices that are not tiny, if every one of them had to be stored outright; else none.
+
+    All of them outright, where there are several, means that the model is no fine-tune of this base.
+    """
+    matrices = {
+        name: encoding
+        for name, encoding in encodings.items()
+        if len(encoding.shape) == 2 and encoding.shape[0] * encoding.shape[1] >= settings.min_elements
+    }
+    return list(matrices) if all(encoding.kind == "dense" for encoding in matrices.values()) else []
+
+
 def _encode_matrix(
     name: str, collector: _Collector, change: Change, low_rank: LowRankFit | None, copy: bool
 ) -> tuple[Encoding, dict[str, Any]]:
@@ -268,7 +291,7 @@ def _encode_matrix(
     features = tuned.shape[0 if transposed else 1]
     row_bytes = listed.element_size() + features * tuned.element_size()
     rows_bytes = listed.numel() * row_bytes
-    planes_bytes = settings.planes * ours * 4 * (layout.words(features) + 1) + grown.numel() * row_bytes
+    planes_bytes = settings.sign_bytes(ours, features) + grown.numel() * row_bytes
     if rows_bytes < min(tuned.nbytes, planes_bytes):
         return _rows(tuned, listed, None, transposed), {"rows": listed.numel()}
     fit = collector.fit(name)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint, match_names
 from ..errors import CalibrationError, UnsupportedError
+from ..progress import Progress
 from . import calibrate
-from .encode import Progress, Settings
+from .encode import Settings
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ import torch
 import transformers
 from torch import nn
 
+from bitdelta_compile import released
 from bitdelta_compile.compress import compress
-from bitdelta_compile.errors import BaseMismatchError, BitDeltaError, CalibrationError
+from bitdelta_compile.errors import BaseMismatchError, BitDeltaError, CalibrationError, UnsupportedError
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -287,6 +288,33 @@ def test_nothing_in_common(pair):
 def test_unrelated_weights():
     with pytest.raises(BaseMismatchError, match="no fine-tune"):
         compress(llama(), llama())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *[("method", "median"), ("planes", 5), ("planes", "2"), ("rank", -1), ("rank", 1.5)],
+        *[("tokens", 0), ("tokens", "2048"), ("seed", None), ("seed", 2**64)],
+    ],
+)
+def test_options_out_of_range_are_named(option, value):
+    with pytest.raises((UnsupportedError, CalibrationError), match=f"{option} must be"):
+        compress(plain(), plain(), **{option: value})
+
+
+def test_a_fine_tune_that_is_its_base(caplog):
+    base = plain()
+    delta = compress(base, copy.deepcopy(base), method="mean_abs")
+    assert {encoding.kind for encoding in delta.encodings.values()} == {"same"}
+    assert caplog.text.count("equals its base") == 1
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_released_weights_are_refused(side):
+    models = [plain(), plain()]
+    released.mark(models[side][2].weight)
+    with pytest.raises(UnsupportedError, match=r"2\.weight were released"):
+        compress(*models)
 
 
 def test_a_new_head_and_a_grown_vocabulary(pair):

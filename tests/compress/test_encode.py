@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitdelta_compile.compress.encode import Settings, encode
+from bitdelta_compile.compress.encode import Settings, encode, matrices_all_dense
 from bitdelta_compile.encodings import Dense, Rows, Same, Sign
 from bitdelta_compile.errors import BitDeltaError, CalibrationError
 
@@ -259,3 +259,19 @@ def test_progress_ends_complete():
 def test_settings_out_of_range(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         Settings(**option)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"method": "mean_abs"}, {"planes": 3}, {"rank": 5}, {"planes": 2, "rank": 90}]
+)
+def test_the_bytes_of_planes_are_known_beforehand(settings):
+    encoding, _ = encode_one(*pair(), linear, **settings)
+    assert isinstance(encoding, Sign)
+    assert Settings(**settings).sign_bytes(N, K) == encoding.nbytes
+
+
+def test_matrices_that_are_all_dense_are_listed():
+    big, tiny = (Dense(shape, torch.float32, torch.zeros(shape)) for shape in ((N, K), (4, 4)))
+    assert matrices_all_dense({"a": big, "b": big, "c": tiny}, Settings()) == ["a", "b"]
+    assert matrices_all_dense({"a": big, "b": Same((N, K), torch.float32)}, Settings()) == []
+    assert matrices_all_dense({"c": tiny, "d": Same((4, 4), torch.float32)}, Settings()) == []
