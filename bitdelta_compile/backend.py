@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,9 +34,11 @@ from .graph.context import Context, Parameter
 from .graph.rewrite import rewrite
 from .lowering import torch_internals
 from .lowering.inductor import compile_graph
-from .sources import BaseSource, DeltaSource, source_for
+from .sources import BaseSource, DeltaSource, source_for, state_of
 
 log = logging.getLogger(__name__)
+
+_binding = threading.RLock()  # threads that meet a new module at once compress it once
 
 _FIT = ("method", "planes", "rank")
 _OURS = ("base", "delta", "release", "lower", *_FIT)
@@ -92,12 +95,18 @@ def bitdelta(
     remember(context, example_inputs)
     fixed = torch_internals.static_example
     inputs = [fixed(tensors.places[i]) if i in tensors.places else value for i, value in enumerate(example_inputs)]
-    if parsed.release:
-        source.release(parameters, example_inputs)
     if parsed.lower == "eager":
         compiled: Callable[..., Any] = rewritten
     else:
         compiled = compile_graph(rewritten, [*inputs, *map(fixed, tensors.added)], parsed.inductor)
+    if parsed.release and isinstance(source, BaseSource):
+        source.release(parameters, example_inputs)
+        tensors = tensors.restated(example_inputs)
+    if torch_internals.last_graph_allowed():
+        log.error(
+            "torch allows no more graphs of this code: at the next new shape Dynamo runs it eagerly, on the base's "
+            "weights; pass dynamic=True to torch.compile, or raise torch._dynamo.config.recompile_limit"
+        )
     return _Compiled(gm, parsed, source, compiled, tensors)
 
 
@@ -106,13 +115,13 @@ class _Tensors:
     """What a compiled graph is called with for one set of parameters.
 
     Attributes:
-        parameters: position among the inputs -> the parameter that the caller passes there.
+        parameters: position among the inputs, the parameter that the caller passes there, and its state.
         places: position -> the tensor that takes its place.
         added: the inputs that follow the caller's.
         layout: of all that: equal layouts are served by one compiled graph.
     """
 
-    parameters: tuple[tuple[int, weakref.ref[torch.Tensor]], ...]
+    parameters: tuple[tuple[int, weakref.ref[torch.Tensor], object], ...]
     places: Mapping[int, torch.Tensor]
     added: tuple[torch.Tensor, ...]
     layout: object
@@ -124,15 +133,28 @@ class _Tensors:
         placeholders = gm.graph.find_nodes(op="placeholder")
         values = [context.values.get(node.name) for node in placeholders]
         return cls(
-            tuple((i, weakref.ref(value)) for i, value in enumerate(inputs) if isinstance(value, nn.Parameter)),
+            _parameters_of(inputs),
             {i: value for i, value in enumerate(values) if value is not None and value is not inputs[i]},
             tuple(context.added),
             tuple((i, bound[node].encoding.layout) for i, node in enumerate(placeholders) if node in bound),
         )
 
     def fit(self, args: Sequence[Any]) -> bool:
-        """Whether they belong to the parameters that the caller passes."""
-        return all(args[position] is parameter() for position, parameter in self.parameters)
+        """Whether they belong to the parameters that the caller passes, and nobody has written to those since."""
+        return all(args[at] is parameter() and state_of(args[at]) == state for at, parameter, state in self.parameters)
+
+    def outdated(self, args: Sequence[Any]) -> bool:
+        """Whether they can go when tensors for these arguments come: the parameters are the same, or are gone."""
+        held = [(args[at], parameter()) for at, parameter, _ in self.parameters]
+        return any(parameter is None for _, parameter in held) or all(mine is parameter for mine, parameter in held)
+
+    def restated(self, inputs: Sequence[Any]) -> _Tensors:
+        """The same for parameters whose state we have changed ourselves."""
+        return dataclasses.replace(self, parameters=_parameters_of(inputs))
+
+
+def _parameters_of(inputs: Sequence[Any]) -> tuple[tuple[int, weakref.ref[torch.Tensor], object], ...]:
+    return tuple((i, weakref.ref(t), state_of(t)) for i, t in enumerate(inputs) if isinstance(t, nn.Parameter))
 
 
 class _Compiled:
@@ -154,13 +176,14 @@ class _Compiled:
         self.release = options.release
         # A delta given by its path lives as long as a graph of it: the next graph of the model finds it loaded.
         self.owner = options.owner if isinstance(options.owner, Delta) else None
+        self.first = tensors
         self.variants: list[tuple[_Tensors, Callable[..., Any]]] = [(tensors, compiled)]
         self.calls = 0
 
     def __call__(self, *args: Any) -> Any:
         found = next((variant for variant in self.variants if variant[0].fit(args)), None)
         tensors, compiled = found or self._bind(args)
-        if tensors is self.variants[0][0]:
+        if tensors is self.first:
             self.calls += 1
             if self.calls == 2 and isinstance(self.source, DeltaSource):  # so the model has run through once
                 self.source.report_unmet()
@@ -170,7 +193,11 @@ class _Compiled:
         return compiled(*inputs, *tensors.added)
 
     def _bind(self, args: Sequence[Any]) -> tuple[_Tensors, Callable[..., Any]]:
-        """The tensors for parameters that have not come before."""
+        """The tensors for parameters that have not come before, or have been written to."""
+        with _binding:
+            return next((variant for variant in self.variants if variant[0].fit(args)), None) or self._bind_new(args)
+
+    def _bind_new(self, args: Sequence[Any]) -> tuple[_Tensors, Callable[..., Any]]:
         parameters = self.source.parameters(self.gm, args, by_owner=True)
         rewritten, context = rewrite(self.gm, parameters)
         tensors = _Tensors.of(self.gm, context, parameters, args)
@@ -180,9 +207,11 @@ class _Compiled:
             names = ", ".join(parameter.name for parameter in parameters.values())
             log.warning("%s are encoded otherwise than in the graph they share: they run without Inductor", names)
             compiled = rewritten
-        if self.release:
+        if self.release and isinstance(self.source, BaseSource):
             self.source.release(parameters, args)
-        self.variants.append((tensors, compiled))
+            tensors = tensors.restated(args)
+        kept = [variant for variant in self.variants if not variant[0].outdated(args)]
+        self.variants = [*kept, (tensors, compiled)]
         return self.variants[-1]
 
 
@@ -205,9 +234,6 @@ def parse_options(options: Mapping[str, Any]) -> Options:
     if not isinstance(release, bool):
         raise UnsupportedError(f"option release must be True or False, got {release!r}")
     fit = {name: given[name] for name in _FIT if name in given}
-    for name in ("planes", "rank"):
-        if name in fit and (not isinstance(fit[name], int) or isinstance(fit[name], bool)):
-            raise UnsupportedError(f"option {name} must be a whole number, got {fit[name]!r}")
     settings: Settings | None = None
     owner: Delta | nn.Module
     if "base" in given:
@@ -221,6 +247,10 @@ def parse_options(options: Mapping[str, Any]) -> Options:
             raise UnsupportedError(f"options: {error}") from None
     else:
         owner = _load(given["delta"])
+        if release:
+            raise UnsupportedError(
+                "option release lets go of tuned weights, but this model is the base: leave the option out"
+            )
         if fit:
             raise UnsupportedError(f"option {next(iter(fit))} belongs to compression, and this delta is already made")
     return Options(owner, settings, release, lower, _inductor_options(options))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -47,7 +47,7 @@ class _Node:
     stems_from: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Graph:
     """One compiled graph, kept for as long as a parameter of it lives."""
 
@@ -164,7 +164,8 @@ def _text(graph: _Graph, layer: str | None) -> str:
     """Nodes of a graph, one a line; with `layer`, the uses of its parameters and what was added to them."""
     if layer is None:
         return "\n".join(node.text for node in graph.nodes)
-    wanted = {use.node for use in graph.uses if use.name.startswith(layer)}
+    prefix = layer.rstrip(".")
+    wanted = {use.node for use in graph.uses if use.name == prefix or use.name.startswith(prefix + ".")}
     return "\n".join(node.text for node in graph.nodes if node.stems_from in wanted)
 
 
@@ -185,9 +186,3 @@ def _operand(arg: Any, names: Mapping[str, str]) -> str:
     if isinstance(arg, list | tuple):
         return f"({', '.join(_operand(each, names) for each in arg)})"
     return repr(arg)
-
-
-def iterate(explanation: Explanation) -> Iterator[dict[str, Any]]:
-    """The lines as plain dictionaries, for JSON."""
-    for line in explanation.lines:
-        yield dataclasses.asdict(line)

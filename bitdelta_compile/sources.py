@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import released
 from .checkpoint import match_names
-from .compress.encode import Settings, encode
+from .compress.encode import Settings, encode, matrices_all_dense
 from .delta import Delta
-from .encodings import Encoding, Rows
-from .errors import BaseMismatchError, UnsupportedError
+from .encodings import Dense, Encoding, Rows
+from .errors import BaseMismatchError, DeltaFileError, UnsupportedError
 from .graph.bind import parameter_inputs, tied_names
 from .graph.context import Parameter
 from .graph.patterns import View, embedding_ids
@@ -39,9 +40,7 @@ class DeltaSource:
         # Not the delta itself: sources are kept under it, weakly.
         self._encodings, self._tied, self._fingerprint = delta.encodings, delta.tied, delta.fingerprint
         self._base_names = match_names(delta.encodings, delta.fingerprint.names)
-        self._bound: WeakIdKeyDictionary = (
-            WeakIdKeyDictionary()
-        )  # base Parameter -> (its dtype and device, its encoding there)
+        self._bound: WeakIdKeyDictionary = WeakIdKeyDictionary()  # base Parameter -> (its state, its encoding there)
         self._unmet = {name for name, encoding in delta.encodings.items() if encoding.kind != "same"}
 
     def parameters(
@@ -54,11 +53,11 @@ class DeltaSource:
         found: dict[fx.Node, Parameter] = {}
         for node, alias in names.items():
             name, tensor = self._tied.get(alias, alias), inputs[node]
-            place = (tensor.dtype, tensor.device)  # `.to()` moves a parameter and keeps its identity
-            if self._bound.get(tensor, (None,))[0] != place:
+            # Written to, it may be another base; `.to()` moves a parameter and keeps its identity.
+            if self._bound.get(tensor, (None,))[0] != state_of(tensor):
                 self._check(name, alias, tensor)
                 with torch.inference_mode(False):
-                    self._bound[tensor] = (place, _placed(self._encodings[name], tensor))
+                    self._bound[tensor] = (state_of(tensor), _placed(self._encodings[name], tensor))
             found[node] = Parameter(name, self._bound[tensor][1], tensor)
             self._unmet.discard(name)
         return found
@@ -78,6 +77,19 @@ class DeltaSource:
                 )
 
     def _check(self, name: str, alias: str, tensor: Tensor) -> None:
+        """Refuse a tensor that is not the base's, and an encoding that this graph cannot take."""
+        found = self._encodings[name]
+        if isinstance(found, Dense) and found.shape != tuple(tensor.shape):
+            raise UnsupportedError(
+                f"{name} has shape {list(tensor.shape)} in this model and {list(found.shape)} in the fine-tune: give "
+                "the base a parameter of that shape before compiling, for instance with num_labels=... or "
+                "resize_token_embeddings(...)"
+            )
+        for field, stored in found.tensors().items():
+            if stored.is_floating_point() and not bool(stored.isfinite().all()):
+                raise DeltaFileError(
+                    f"{name}: {field} holds NaN or infinite values: the delta is damaged, make it again"
+                )
         if name not in self._base_names or torch_internals.is_fake(tensor):
             return
         encoding = self._encodings[name]
@@ -110,11 +122,6 @@ class DeltaSource:
                 len(self._unmet), min(self._unmet),
             )  # fmt: skip
             self._unmet.clear()
-
-    def release(self, parameters: Mapping[fx.Node, Parameter], example_inputs: Sequence[Any]) -> None:
-        raise UnsupportedError(
-            "release=True lets go of tuned weights, but this model is the base: leave the option out"
-        )
 
 
 class BaseSource:
@@ -151,12 +158,12 @@ class BaseSource:
 
     def _is_encoded(self, tuned: Tensor) -> bool:
         """Whether it was compressed and nobody has written to it since (another checkpoint loaded, a training step)."""
-        return tuned in self._encoded and self._encoded[tuned].state == _state(tuned)
+        return tuned in self._encoded and self._encoded[tuned].state == state_of(tuned)
 
     def _follow(self, name: str, tuned: Tensor, base: Tensor) -> None:
         """A parameter that was moved or converted, and not written to, keeps its encoding: the delta follows it."""
         known = self._encoded.get(tuned)
-        state = _state(tuned)
+        state = state_of(tuned)
         if known is None or known.state == state or known.state[0] != state[0]:
             return
         with torch.inference_mode(False):
@@ -173,6 +180,7 @@ class BaseSource:
         theirs: Mapping[str, Tensor],
     ) -> None:
         tuned = {name: inputs[node] for node, name in new.items()}
+        released.refuse(tuned.items())
         for name, tensor in tuned.items():
             if torch_internals.is_fake(tensor):
                 raise UnsupportedError(
@@ -190,22 +198,19 @@ class BaseSource:
             for node, name in new.items():
                 here = self._in_tuned_dtype(name, base[name], tuned[name])
                 bound = Parameter(name, _placed(encodings[name], tuned[name]), here)
-                self._encoded[inputs[node]] = _Encoded(_state(inputs[node]), bound)
+                self._encoded[inputs[node]] = _Encoded(state_of(inputs[node]), bound)
 
     def _check_related(self, encodings: Mapping[str, Encoding], theirs: Mapping[str, Tensor]) -> None:
         """Matrices that all have to be stored outright: a new head, or no fine-tune of this base at all."""
-
-        def is_large(shape: Sequence[int]) -> bool:
-            return len(shape) == 2 and shape[0] * shape[1] >= self.settings.min_elements
-
-        matrices = [name for name, encoding in encodings.items() if is_large(encoding.shape)]
-        if not matrices or any(encodings[name].kind != "dense" for name in matrices):
+        matrices = matrices_all_dense(encodings, self.settings)
+        if not matrices:
             return
         message = (
             f"none of the {len(matrices)} matrices of this graph is near the base's ({matrices[0]} is the first): "
             "a delta cannot pay"
         )
-        if 2 * len(matrices) > sum(is_large(tensor.shape) for tensor in theirs.values()):
+        of_base = sum(tensor.dim() == 2 and tensor.numel() >= self.settings.min_elements for tensor in theirs.values())
+        if 2 * len(matrices) > of_base:
             raise BaseMismatchError(f"{message}; give the model that was fine-tuned as the base")
         log.warning("%s, the tuned tensors are kept", message)
 
@@ -219,7 +224,10 @@ class BaseSource:
         return base.to(tuned.dtype)
 
     def release(self, parameters: Mapping[fx.Node, Parameter], example_inputs: Sequence[Any]) -> None:
-        """Let the tuned parameters share the base's storage: what they held is in the packed copy now."""
+        """Let the tuned parameters share the base's storage: what they held is in the packed copy now.
+
+        Whoever writes into the tuned model afterwards writes into the base.
+        """
         placeholders = next(iter(parameters)).graph.find_nodes(op="placeholder") if parameters else []
         inputs = dict(zip(placeholders, example_inputs, strict=True)) if placeholders else {}
         for node, parameter in parameters.items():
@@ -228,7 +236,8 @@ class BaseSource:
                 log.info("%s keeps its tuned weights: the base has another shape", parameter.name)
                 continue
             tuned.data = parameter.base.data
-            self._encoded[tuned] = _Encoded(_state(tuned), parameter)
+            released.mark(tuned)
+            self._encoded[tuned] = _Encoded(state_of(tuned), parameter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +248,7 @@ class _Encoded:
     bound: Parameter
 
 
-def _state(tensor: Tensor) -> tuple[int, torch.dtype, torch.device]:
+def state_of(tensor: Tensor) -> tuple[int, torch.dtype, torch.device]:
     """Changes with every write to a tensor (not counted under torch.inference_mode) and with `.to()`."""
     return 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device
 

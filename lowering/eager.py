@@ -7,6 +7,7 @@ of the slot are selected afterwards. Shapes and semantics are those of `ops`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,16 +40,21 @@ def check(
         raise ValueError(f"{signs.shape[0]} slots need a row index that says which row uses which")
 
 
+def check_rows(rows: Any, tenant: Tensor | None) -> None:
+    """Refuse rows that the row index cannot divide, where both counts are known; compiled code gives them the base."""
+    length = None if tenant is None else tenant.shape[0]
+    if isinstance(rows, int) and isinstance(length, int) and rows and (length == 0 or rows % length):
+        raise ValueError(f"{rows} rows cannot be divided among {length} row-index entries")
+
+
 def _entries(rows: int, slots: int, tenant: Tensor | None, device: torch.device) -> Tensor | None:
     """The slot of each flattened row, int64 [M], -1 where it is none; None when all rows use slot 0."""
     if tenant is None:
         return None
-    length = tenant.numel()
-    if length == 0 or rows % length:
-        raise ValueError(f"{rows} rows cannot be divided among {length} row-index entries")
+    check_rows(rows, tenant)
     entry = tenant.to(device=device, dtype=torch.int64)
     entry = torch.where((entry >= 0) & (entry < slots), entry, -1)
-    return entry.repeat_interleave(rows // length)
+    return entry.repeat_interleave(rows // tenant.numel())
 
 
 def _slots(entries: Tensor | None, slots: int) -> Iterator[tuple[int, Tensor | None]]:

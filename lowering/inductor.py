@@ -61,7 +61,7 @@ def _delta_linear(
     layout: str = "canonical",
 ) -> Any:
     from torch._inductor import ir
-    from torch._inductor.lowering import fallback_handler, view
+    from torch._inductor.lowering import fallback_handler, to_dtype, view
 
     device, dtype = x.get_device(), x.get_dtype()
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -80,6 +80,10 @@ def _delta_linear(
         "Right": right,
         "Tenant": tenant,
     }
+    if row_scale.get_dtype() != torch.float32:
+        inputs["RowScale"] = to_dtype(row_scale, torch.float32)
+    if col_scale is not None and col_scale.get_dtype() != torch.float32:
+        inputs["ColScale"] = to_dtype(col_scale, torch.float32)
     realized = {
         name: None if node is None else ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
         for name, node in inputs.items()
@@ -116,8 +120,14 @@ def _delta_embedding(
 ) -> Any:
     """As one pointwise loop over the result, so that Inductor fuses it with the base lookup and what follows."""
     from torch._inductor import ir
+    from torch._inductor.lowering import fallback_handler
     from torch._inductor.virtualized import ops
+    from torch.utils._sympy.functions import FloorDiv, Max
 
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        eager = fallback_handler(torch.ops.bitdelta.delta_embedding.default, add_to_fallback_set=False)
+        tensors = (ids, signs, row_scale, col_scale, left, right, tenant)
+        return eager(*tensors, embedding_dim=embedding_dim, dtype=dtype, layout=layout)
     slots, planes, vocabulary, _ = signs.get_size()
     rank = 0 if left is None else int(left.get_size()[2])
     loads: dict[str, Any] = {
@@ -137,7 +147,11 @@ def _delta_embedding(
         valid = None
         if tenant is not None:
             flat = functools.reduce(lambda total, pair: total * pair[1] + pair[0], zip(at, sizes, strict=True), 0)
-            entry = loads["tenant"]([flat // (rows // tenant.get_size()[0])])
+            # Rows that the index does not cover share its last entry: a defined result, never a read past its end.
+            length = tenant.get_size()[0]
+            place = ops.index_expr(FloorDiv(flat, Max(1, FloorDiv(rows, length))), torch.int64)
+            place = ops.minimum(place, ops.index_expr(length - 1, torch.int64))
+            entry = loads["tenant"]([ops.indirect_indexing(place, length, check=False)])
             below = ops.ge(entry, ops.constant(0, torch.int32))
             valid = ops.and_(below, ops.lt(entry, ops.constant(int(slots), torch.int32)))
             known = ops.where(valid, entry, ops.constant(0, torch.int32))

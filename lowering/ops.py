@@ -11,6 +11,7 @@ The eager kernels are in `eager`, what Inductor makes of the ops in `inductor`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ def _(
     layout: str = "canonical",
 ) -> Tensor:
     eager.check(x.shape[-1], signs, row_scale, col_scale, left, right, tenant, layout)
+    eager.check_rows(math.prod(x.shape[:-1]), tenant)
     return x.new_empty(*x.shape[:-1], signs.shape[2])
 
 
@@ -140,6 +142,9 @@ def delta_embedding(
 
     Returns:
         [*, K] in `dtype`.
+
+    Raises:
+        ValueError: as `delta_linear`.  IndexError: an id past N.
     """
     return eager.delta_embedding(ids, signs, row_scale, col_scale, left, right, tenant, embedding_dim, dtype, layout)
 
@@ -159,6 +164,7 @@ def _(
     layout: str = "canonical",
 ) -> Tensor:
     eager.check(embedding_dim, signs, row_scale, col_scale, left, right, tenant, layout)
+    eager.check_rows(ids.numel(), tenant)
     return row_scale.new_empty(*ids.shape, embedding_dim, dtype=dtype)
 
 

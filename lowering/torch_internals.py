@@ -1,6 +1,7 @@
-"""Every private name of torch that this package touches outside the Inductor templates, each behind one function.
+"""Private names of torch that the backend and the pass need, each behind one function.
 
-When a new torch moves something, this is the file to mend. Written against torch 2.11 to 2.15.
+Inductor's own are next door: `inductor` registers lowerings, `cpp` subclasses the template, `cache` the cache stamp.
+When a new torch moves something, this folder is the place to mend. Written against torch 2.11 to 2.15.
 """
 
 from __future__ import annotations
@@ -72,6 +73,16 @@ def concrete(value: Any) -> Any:
             raise ValueError(f"size {value} is not known in this call")
         return int(hint)
     return value
+
+
+def last_graph_allowed() -> bool:
+    """Whether the compilation under way is the last of its code that Dynamo's recompile limit allows."""
+    from torch._dynamo import config
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    compiled = getattr(current, "frame_compile_id", None)
+    return compiled is not None and int(compiled) + 1 >= config.recompile_limit
 
 
 def is_fake(value: Any) -> bool:

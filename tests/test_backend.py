@@ -170,10 +170,10 @@ class Loop(nn.Module):
         ({"delta": 3}, "option delta must be a Delta or a path"),
         ({"base": nn.Linear(2, 2), "lower": "fast"}, "option lower"),
         ({"base": nn.Linear(2, 2), "release": "no"}, "option release"),
-        ({"base": nn.Linear(2, 2), "planes": 5}, "planes must be 1 to 4"),
-        ({"base": nn.Linear(2, 2), "planes": "2"}, "option planes must be a whole number"),
-        ({"base": nn.Linear(2, 2), "rank": 1.5}, "option rank must be a whole number"),
-        ({"base": nn.Linear(2, 2), "rank": -1}, "rank must not be negative"),
+        ({"base": nn.Linear(2, 2), "planes": 5}, "planes must be an integer, 1 to 4"),
+        ({"base": nn.Linear(2, 2), "planes": "2"}, "planes must be an integer"),
+        ({"base": nn.Linear(2, 2), "rank": 1.5}, "rank must be an integer"),
+        ({"base": nn.Linear(2, 2), "rank": -1}, "rank must be an integer, 0 or more"),
         ({"base": nn.Linear(2, 2), "method": "best"}, "method must be"),
         ({"base": nn.Linear(2, 2), "max_autotun": True}, 'unknown option "max_autotun"'),
         ({"base": nn.Linear(2, 2), "mode": "fastest"}, "unknown mode 'fastest'"),
@@ -700,6 +700,7 @@ def test_a_model_converted_after_its_first_call(route: str) -> None:
     assert after.dtype == torch.bfloat16
     assert error(before, exact, plain) < 0.8
     assert error(after, before, plain) < 3e-2
+    assert "sign" in str(bdc.explain(compiled))
 
 
 def test_release_does_not_go_with_a_delta() -> None:
@@ -737,3 +738,104 @@ def test_release_returns_the_memory() -> None:
     done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 100
+
+
+class Head(nn.Module):
+    def __init__(self, labels: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(H, H)
+        self.head = nn.Linear(H, labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.body(x))
+        return scores
+
+
+def test_a_head_of_another_size_is_refused_by_name() -> None:
+    base, tuned = Head(2), fine_tuned(Head(3))
+    compiled = torch.compile(base, backend="bitdelta", options={"delta": bdc.compress(base, tuned), **EAGER})
+    with pytest.raises(BackendCompilerFailed, match=r"head.*has shape \[2.* and \[3.*num_labels"), torch.no_grad():
+        compiled(torch.randn(4, H))
+
+
+def test_values_that_are_not_finite_are_refused_by_name() -> None:
+    base = Head(2)
+    delta = bdc.compress(base, fine_tuned(base))
+    delta.encodings["head.bias"].tensors()["value"][0] = float("nan")
+    compiled = torch.compile(base, backend="bitdelta", options={"delta": delta, **EAGER})
+    with pytest.raises(BackendCompilerFailed, match=r"head.bias: value holds NaN"), torch.no_grad():
+        compiled(torch.randn(4, H))
+
+
+def test_the_last_graph_that_torch_allows_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    base = Head(2)
+    options = {"delta": bdc.compress(base, fine_tuned(base)), **EAGER}
+    compiled = torch.compile(base, backend="bitdelta", options=options, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=3), torch.no_grad(), caplog.at_level(logging.ERROR):
+        for rows in (1, 2):
+            compiled(torch.randn(rows, H))
+        assert "dynamic=True" not in caplog.text
+        compiled(torch.randn(3, H))
+    assert "dynamic=True" in caplog.text
+
+
+def test_released_weights_do_not_pass_for_a_fine_tune() -> None:
+    base = Head(2)
+    tuned = fine_tuned(base)
+    x = torch.randn(4, H)
+    with torch.no_grad():
+        torch.compile(tuned, backend="bitdelta", options={"base": base, "release": True, **EAGER})(x)
+        again = torch.compile(tuned, backend="bitdelta", options={"base": base, "planes": 2, **EAGER})
+        with pytest.raises(BackendCompilerFailed, match=r"weights of body.weight were released"):
+            again(x)
+    with pytest.raises(UnsupportedError, match=r"were released"):
+        bdc.compress(base, tuned)
+
+
+def test_weights_written_after_the_first_call_count_at_the_next() -> None:
+    base = Head(2)
+    tuned, other = fine_tuned(base), fine_tuned(base, 0.3)
+    x = torch.randn(4, H)
+    compiled = torch.compile(tuned, backend="bitdelta", options={"base": base, **EAGER})
+    with torch.no_grad():
+        compiled(x)
+        tuned.load_state_dict(other.state_dict())
+        found = compiled(x)
+        assert error(found, other(x), base(x)) < 0.8
+        assert graphs() == 1
+        assert "sign" in str(bdc.explain(compiled))
+
+
+def test_a_base_written_to_after_the_first_call_is_checked_again() -> None:
+    base = Head(2)
+    delta = bdc.compress(base, fine_tuned(base))
+    x = torch.randn(4, H)
+    with torch.no_grad():
+        torch.compile(base, backend="bitdelta", options={"delta": delta, **EAGER})(x)
+        base.body.weight.normal_()
+        torch._dynamo.reset()
+        with pytest.raises(BackendCompilerFailed, match=r"not the base.*body.weight"):
+            torch.compile(base, backend="bitdelta", options={"delta": delta, **EAGER})(x)
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Parameter(torch.randn(H, H))
+        self.second = nn.Parameter(torch.randn(H, H))
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self.second @ (self.first @ v)
+
+
+def test_products_with_a_vector_one_after_the_other() -> None:
+    base = Chain()
+    tuned = fine_tuned(base)
+    v = torch.randn(H)
+    compiled = torch.compile(tuned, backend="bitdelta", options={"base": base, **EAGER})
+    with torch.no_grad():
+        found = compiled(v)
+        dense = materialized(base, tuned, encodings_of(base))
+        assert error(found, dense(v), base(v)) < 1e-3

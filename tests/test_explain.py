@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 import bitdelta_compile as bdc
 from bitdelta_compile.errors import BitDeltaError
-from bitdelta_compile.explain import iterate
 
 V, H = 100, 64
 
@@ -92,7 +92,7 @@ def test_every_parameter_with_its_encoding_bytes_and_uses() -> None:
     assert len(text) == len(lines) + 2
     assert text[-1].split() == ["all", f"{sum(p.numel() for p in tuned.parameters()):,}",
                                 f"{explanation.tuned_bytes:,}", f"{explanation.delta_bytes:,}"]  # fmt: skip
-    assert [json.loads(json.dumps(line))["name"] for line in iterate(explanation)] == list(lines)
+    assert [json.loads(json.dumps(dataclasses.asdict(line)))["name"] for line in explanation.lines] == list(lines)
 
 
 def test_a_model_and_its_compiled_form_are_explained_alike() -> None:

@@ -83,6 +83,7 @@ class Context:
         return named | {node.name: f"{name}.{field}" for (name, field), node in self._inputs.items()}
 
     def record(self, parameter: Parameter, node: fx.Node, action: str) -> None:
+        """Note what was done to a use of a parameter."""
         self.uses.append(Use(parameter.name, op_name(node), node.name, action))
 
 
@@ -105,10 +106,12 @@ class Insertion:
         return node
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a function call behind the last one."""
         with self.graph.inserting_after(self.last):
             return self._keep(self.graph.call_function(target, args, kwargs))
 
     def method(self, name: str, *args: Any) -> fx.Node:
+        """Add a method call behind the last one."""
         with self.graph.inserting_after(self.last):
             return self._keep(self.graph.call_method(name, args))
 
@@ -118,12 +121,16 @@ class Insertion:
         return value if dtype in (None, _dtype(has)) else self.method("to", value, dtype)
 
     def before(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a function call in front of the node."""
         with self.graph.inserting_before(self.first):
             return self.graph.call_function(target, args, kwargs)
 
-    def take_over(self, node: fx.Node, result: fx.Node) -> None:
+    def take_over(self, node: fx.Node, result: fx.Node, *, same_shape: bool = True) -> None:
         """Hand the users of `node` to `result`; the calls added here keep reading `node`."""
         if result is not node:
+            for key in ("example_value", "val") if same_shape else ():  # what later passes know of shape and dtype
+                if key in node.meta:
+                    result.meta.setdefault(key, node.meta[key])
             node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in self.added)
 
 

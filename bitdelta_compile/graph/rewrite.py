@@ -61,7 +61,9 @@ def substitute_base(context: Context) -> None:
         encoding = parameter.encoding
         if isinstance(encoding, Same | Sign | Rows):
             if parameter.base is None:
-                raise UnsupportedError(f"{parameter.name} has a delta but the base has no such parameter")
+                raise UnsupportedError(
+                    f"{parameter.name} has a delta but the base has no such parameter: give the delta's own base"
+                )
             context.values[node.name] = parameter.base
         else:
             context.values[node.name] = encoding.apply(torch.empty(0))
@@ -97,12 +99,12 @@ def split_linear(context: Context) -> None:
             if use.left:
                 raise UnsupportedError(
                     f"{parameter.name} stores changed rows and is the left operand of {op_name(use.node)} "
-                    f"({use.node.name}): rewrite the model to use F.linear, or compress it with rows disabled"
+                    f"({use.node.name}), which has no form for them: let the model use F.linear there"
                 )
             total = _replace_outputs(context, insert, parameter, rows, x, use, total, grown)
         if late_bias is not None:
             total = insert.call(operator.add, total, insert.cast(late_bias, late_bias, use.node))
-        insert.take_over(use.node, total)
+        insert.take_over(use.node, total, same_shape=not grown)
         context.record(parameter, use.node, _describe(sign, rows, "linear"))
 
 
@@ -118,7 +120,10 @@ def split_embedding(context: Context) -> None:
         lookup = ids
         assert parameter.base is not None
         if rows is not None and rows.out_features > parameter.base.shape[0]:
-            lookup = insert.before(torch.clamp, ids, max=parameter.base.shape[0] - 1)
+            # New rows are looked up below; an id past those too must stay the error that it is.
+            known = insert.before(torch.clamp, ids, max=parameter.base.shape[0] - 1)
+            new = insert.before(operator.lt, ids, rows.out_features)
+            lookup = insert.before(torch.where, new, known, ids)
             node.replace_input_with(ids, lookup)
         total: fx.Node = node
         if sign is not None:

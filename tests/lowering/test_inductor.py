@@ -123,6 +123,37 @@ def test_rows_of_many_tenants_do_not_meet(rows_per_entry):
     assert len(graphs) == 1
 
 
+def test_a_row_index_that_does_not_fit_gives_a_defined_result():
+    tensors = bank(3, 1, 40, 64)
+    table = bank(3, 1, 50, 64)
+
+    def layer(x, ids, tenant):
+        looked_up = ops.delta_embedding(ids, *table, tenant, embedding_dim=64, dtype=torch.float32)
+        return ops.delta_linear(x, *tensors, tenant), looked_up
+
+    run, graphs = compiled(layer)
+    index = torch.tensor([0, 1, 2], dtype=torch.int32)
+    for rows in (6, 9):
+        run(torch.randn(rows, 64), torch.randint(50, (rows,)), index)
+    x = torch.randn(7, 64)
+    found, looked_up = run(x, torch.randint(50, (7,)), index)
+    assert torch.equal(found[:6], run(x, torch.randint(50, (7,)), index)[0][:6])
+    assert found[6].eq(0).all()  # past the index: the base
+    assert looked_up.isfinite().all()
+    few, _ = run(x[:2], torch.randint(50, (2,)), index)
+    assert relative_error(few[1], reference.delta_linear(x[1:2], *tensors, torch.tensor([1]))[0]) < 2e-6
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("batch", [0, 5])
+def test_no_rows_and_wider_scales(batch):
+    signs, row_scale, *_ = bank(1, 1, 40, 64)
+    run, _ = compiled(lambda x: ops.delta_linear(x, signs, row_scale.double(), None, None, None, None))
+    x = torch.randn(batch, 64)
+    assert run(x).shape == (batch, 40)
+    assert relative_error(run(x), reference.delta_linear(x, signs, row_scale)) < 2e-6
+
+
 @pytest.mark.parametrize("index", [False, True])
 def test_embedding(index):
     table = bank(3 if index else 1, 2, 50, 100, column=True, rank=2)
