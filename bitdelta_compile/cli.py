@@ -91,9 +91,9 @@ def options(
     ] = False,
 ) -> None:
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
-    logger = logging.getLogger("bitdelta_compile")
-    logger.handlers = [handler]
-    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+    log = logging.getLogger("bitdelta_compile")
+    log.handlers = [handler]
+    log.setLevel(logging.DEBUG if debug else logging.WARNING)
 
 
 @app.command()

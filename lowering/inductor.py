@@ -15,7 +15,7 @@ from torch import fx
 
 from . import torch_internals
 
-log = logging.getLogger("bitdelta_compile")
+log = logging.getLogger(__name__)
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-log = logging.getLogger("bitdelta_compile")
+log = logging.getLogger(__name__)
 
 OLDEST = (2, 11)
 NEWEST = (2, 15)

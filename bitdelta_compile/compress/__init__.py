@@ -22,7 +22,7 @@ from .workload import prepare
 
 __all__ = ["Settings", "compress", "encode"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def compress(
@@ -93,7 +93,7 @@ def compress(
             "it is no fine-tune of this base; give the model that was fine-tuned"
         )
     if all(encoding.kind == "same" for encoding in encodings.values()):
-        logger.warning("%s equals its base %s: the delta changes nothing", theirs.source, ours.source)
+        log.warning("%s equals its base %s: the delta changes nothing", theirs.source, ours.source)
     options: dict[str, Any] = {"method": method, "planes": planes, "rank": rank, "tokens": tokens, "seed": seed}
     options["calibration"] = "given" if calibration is not None else "random" if workload.forward else "none"
     return Delta.of(ours, theirs, encodings, options=options, report={"parameters": figures})

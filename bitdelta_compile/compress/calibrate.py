@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,8 +11,6 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..progress import Progress
-
-logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 # Lengths of random sequences, each with an equal share of the tokens. Attention over many random tokens is nearly an

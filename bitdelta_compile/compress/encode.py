@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -18,8 +17,6 @@ from .changes import Change, check_finite, compare, row_blocks
 from .fit import DeltaMatrix, Planes, ScaleFit
 from .lowrank import LowRankFit
 from .uses import Use, UseRecorder
-
-logger = logging.getLogger(__name__)
 
 Method = Literal["closed_form", "mean_abs"]
 

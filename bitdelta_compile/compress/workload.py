@@ -17,7 +17,7 @@ from ..progress import Progress
 from . import calibrate
 from .encode import Settings
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # Enough to see every use once: two sequences of eight tokens.
 _GLANCE_TOKENS = 16
@@ -45,7 +45,7 @@ def _architecture(checkpoint: Checkpoint) -> tuple[type[nn.Module], Any] | None:
     name = names[0] if isinstance(names, list) and names else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        logger.warning(
+        log.warning(
             "%s names no architecture that transformers has (%s): its matrices count as [out, in] linear weights, "
             "and scales come from the weights alone; give loaded models and calibration batches for more",
             checkpoint.source,
@@ -130,7 +130,7 @@ def prepare(
         name = checkpoint.source
     handles = _handles(checkpoint, model)
     if calibration is None and calibrate.vocabulary(model) is None:
-        logger.warning(
+        log.warning(
             "%s has no config with a vocabulary and no calibration is given: its matrices count as [out, in] linear "
             "weights, and row scales are the mean of |d| over each row",
             checkpoint.source,

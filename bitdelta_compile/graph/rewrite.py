@@ -24,7 +24,7 @@ from ..lowering import torch_internals
 from .context import Context, Insertion, Parameter
 from .patterns import LinearUse, View, drop_bias, embedding_ids, linear_use, op_name, uses_of
 
-log = logging.getLogger("bitdelta_compile")
+log = logging.getLogger(__name__)
 
 
 def rewrite(gm: fx.GraphModule, parameters: Mapping[fx.Node, Parameter]) -> tuple[fx.GraphModule, Context]:
