@@ -95,7 +95,8 @@ def compress(
     if all(encoding.kind == "same" for encoding in encodings.values()):
         log.warning("%s equals its base %s: the delta changes nothing", theirs.source, ours.source)
     options: dict[str, Any] = {"method": method, "planes": planes, "rank": rank, "tokens": tokens, "seed": seed}
-    options["calibration"] = "given" if calibration is not None else "random" if workload.forward else "none"
+    fitted = settings.method == "closed_form" and workload.forward is not None
+    options["calibration"] = "none" if not fitted else "random" if calibration is None else "given"
     return Delta.of(ours, theirs, encodings, options=options, report={"parameters": figures})
 
 
