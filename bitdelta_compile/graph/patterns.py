@@ -37,9 +37,12 @@ class LinearUse:
     left: bool = False
 
 
+_ATEN = torch.ops.aten
+# Of torch 2.15 on, Dynamo captures `.T` and `.mT` as overload packets; before, as getattr.
 _TRANSPOSES: tuple[Any, ...] = (
     *(torch.t, torch.transpose, torch.permute),
-    *(torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default),
+    *(_ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default, _ATEN.numpy_T.default, _ATEN.mT.default),
+    *(_ATEN.t, _ATEN.numpy_T, _ATEN.mT),
 )
 _LINEAR: tuple[Any, ...] = (torch.nn.functional.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
 _ADDMM: tuple[Any, ...] = (torch.addmm, torch.ops.aten.addmm.default)
