@@ -102,7 +102,8 @@ def bitdelta(
     if parsed.release and isinstance(source, BaseSource):
         source.release(parameters, example_inputs)
         tensors = tensors.restated(example_inputs)
-    if torch_internals.last_graph_allowed():
+    eager_is_wrong = isinstance(source, DeltaSource) or parsed.release  # what the module itself holds is the base
+    if eager_is_wrong and torch_internals.last_graph_allowed():
         log.error(
             "torch allows no more graphs of this code: at the next new shape Dynamo runs it eagerly, on the base's "
             "weights; pass dynamic=True to torch.compile, or raise torch._dynamo.config.recompile_limit"
