@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BaseMismatchError, CheckpointError
-from .fileformat import FormatError, map_tensors, read_header
+from .fileformat import FormatError, load_pickle, map_tensors, read_header
 
 __all__ = ["SIDE_FILES", "Checkpoint", "match_names", "open_checkpoint"]
 
@@ -195,11 +194,10 @@ def _map_file(path: Path) -> dict[str, Tensor]:
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch.load raises many kinds for a malformed file, and none of them names the file
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} is not a checkpoint that loads with weights_only=True: {reason}") from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        found = load_pickle(path)
+    except FormatError as error:
+        raise CheckpointError(f"{path} is not a checkpoint that loads with weights_only=True: {error}") from error
+    if found is None:
         raise CheckpointError(f"{path} is not a table of tensors by name: save the model's state_dict")
     return found
 

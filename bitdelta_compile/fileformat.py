@@ -13,6 +13,7 @@ import json
 import math
 import os
 import secrets
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -227,3 +228,18 @@ def write_safetensors(path: str | Path, specs: Iterable[TensorSpec], metadata: M
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def load_pickle(path: Path) -> dict[str, Tensor] | None:
+    """A table of tensors by name that torch.save wrote, mapped where its format allows; None if it holds anything else.
+
+    Raises:
+        FormatError: it does not load with `weights_only=True`; the first line of torch's reason.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch.load raises many kinds for a malformed file, and none of them names the file
+        raise FormatError(str(error).partition("\n")[0]) from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        return None
+    return found

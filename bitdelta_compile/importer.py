@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import zipfile
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from .checkpoint import Checkpoint, match_names, open_checkpoint
 from .delta import Delta
 from .encodings import Dense, Encoding, Same, Sign
 from .errors import BaseMismatchError, DeltaFileError, UnsupportedError
+from .fileformat import FormatError, load_pickle
 from .fingerprint import Fingerprint
 from .kernels import layout
 from .progress import Progress
@@ -75,11 +75,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise DeltaFileError(f"there is no file {path}")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch.load raises many kinds for a malformed file, and none of them names the file
-        reason = str(error).partition("\n")[0]
-        raise DeltaFileError(f"{path} does not load with weights_only=True: {reason}") from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        found = load_pickle(path)
+    except FormatError as error:
+        raise DeltaFileError(f"{path} does not load with weights_only=True: {error}") from error
+    if found is None:
         raise DeltaFileError(f"{path} is not a dict of tensors by name, as BitDelta's save_diff writes it")
     if not any(name.endswith(_MASK) for name in found):
         low_rank = [name for name in found if name.endswith(".A")]

@@ -78,21 +78,20 @@ class DeltaSource:
 
     def _check(self, name: str, alias: str, tensor: Tensor) -> None:
         """Refuse a tensor that is not the base's, and an encoding that this graph cannot take."""
-        found = self._encodings[name]
-        if isinstance(found, Dense) and found.shape != tuple(tensor.shape):
+        encoding = self._encodings[name]
+        if isinstance(encoding, Dense) and encoding.shape != tuple(tensor.shape):
             raise UnsupportedError(
-                f"{name} has shape {list(tensor.shape)} in this model and {list(found.shape)} in the fine-tune: give "
-                "the base a parameter of that shape before compiling, for instance with num_labels=... or "
+                f"{name} has shape {list(tensor.shape)} in this model and {list(encoding.shape)} in the fine-tune: "
+                "give the base a parameter of that shape before compiling, for instance with num_labels=... or "
                 "resize_token_embeddings(...)"
             )
-        for field, stored in found.tensors().items():
+        for field, stored in encoding.tensors().items():
             if stored.is_floating_point() and not bool(stored.isfinite().all()):
                 raise DeltaFileError(
                     f"{name}: {field} holds NaN or infinite values: the delta is damaged, make it again"
                 )
         if name not in self._base_names or torch_internals.is_fake(tensor):
             return
-        encoding = self._encodings[name]
         base_name = self._base_names[name]
         shape = self._fingerprint.shape(base_name)
         grown = isinstance(encoding, Rows) and encoding.shape != shape
