@@ -107,3 +107,15 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
     if mode not in known:
         raise ValueError(f"unknown mode {mode!r}: torch has {', '.join(sorted(known))}")
     return dict(known[mode])
+
+
+def row_index_example(size: int | torch.SymInt, graph: fx.Graph) -> torch.Tensor:
+    """A row index int32 [size] as an example input: fake where the sizes of the graph's inputs are symbolic."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if isinstance(size, int):
+        return static_example(torch.zeros(size, dtype=torch.int32))
+    values = (node.meta.get("example_value", node.meta.get("val")) for node in graph.find_nodes(op="placeholder"))
+    fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    with fake_mode:
+        return torch.zeros(size, dtype=torch.int32)

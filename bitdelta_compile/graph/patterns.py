@@ -83,11 +83,26 @@ def _product(node: fx.Node, view: View) -> LinearUse | None:
     return None
 
 
-def drop_bias(use: LinearUse, view: View) -> None:
-    """Let the product do without the bias that the call itself adds."""
-    if use.node.target not in _LINEAR:
-        use.node.op, use.node.target = "call_function", torch.mm
-    use.node.args, use.node.kwargs = (use.x, view.node), {}
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """The bias that a linear or addmm adds itself, or None."""
+    if node.target in _LINEAR:
+        return dict(zip(("input", "weight", "bias"), node.args, strict=False)).get("bias", node.kwargs.get("bias"))  # type: ignore[return-value]
+    if node.target in _ADDMM or (node.op == "call_method" and node.target == "addmm"):
+        named = {**dict(zip(("input", "mat1", "mat2"), node.args, strict=False)), **node.kwargs}
+        plain = named.get("beta", 1) == 1 and named.get("alpha", 1) == 1
+        return named["input"] if plain else None  # type: ignore[return-value]
+    return None
+
+
+def drop_bias(node: fx.Node) -> None:
+    """Let a linear or addmm do without the bias that it adds itself."""
+    if node.target in _LINEAR:
+        named = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
+        node.args, node.kwargs = (named["input"], named["weight"]), {}
+    else:
+        named = {**dict(zip(("input", "mat1", "mat2"), node.args, strict=False)), **node.kwargs}
+        node.op, node.target = "call_function", torch.mm
+        node.args, node.kwargs = (named["mat1"], named["mat2"]), {}
 
 
 def embedding_ids(node: fx.Node, view: View) -> fx.Node | None:
@@ -152,3 +167,11 @@ def op_name(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return f"{target.namespace}.{target.name().split('::')[1].split('.')[0]}"
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def base_name(node: fx.Node) -> str:
+    """What the call does, under one name for its torch, method, ATen, dunder and in-place forms: "add", "permute"."""
+    return op_name(node).rsplit(".", 1)[-1].strip("_").removeprefix("i" if op_name(node) in _IN_PLACE else "")
+
+
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow")

@@ -125,7 +125,7 @@ def test_a_product_without_its_bias() -> None:
         node = graph.call_function(target, args)
         use = linear_use(node, View(w, False))
         assert use is not None
-        drop_bias(use, View(w, False))
+        drop_bias(node)
         assert (node.target, node.args, node.kwargs) == (expected, (x, w), {})
 
 

@@ -1,0 +1,1 @@
+"""Many tenants on one base: slots, row index, the attached model."""
