@@ -3,7 +3,9 @@
 from .compress import compress
 from .delta import Delta
 from .explain import explain
+from .serve.model import TenantModel, attach
+from .serve.reserve import Reserve
 
 load = Delta.load
 
-__all__ = ["Delta", "compress", "explain", "load"]
+__all__ = ["Delta", "Reserve", "TenantModel", "attach", "compress", "explain", "load"]

@@ -1,12 +1,12 @@
 """The deltas of all tenants: preallocated slots that compiled graphs read, names that point at them.
 
-A graph is compiled for the shapes of the bank's tensors and reads whatever they hold: tenants come and go by writing into
-a free slot and pointing a name at it. A slot is written only while nothing reads it, and a name that is replaced points
-at another slot from one call to the next, so a call that is under way sees the old tenant or the new one.
+A graph is compiled for the shapes of the bank's tensors and reads whatever they hold: tenants come and go by writing
+into a free slot and pointing a name at it. A slot is written only while nothing reads it, and a name that is replaced
+points at another slot from one call to the next, so a call that is under way sees the old tenant or the new one.
 
-What a tenant lacks of a slot's room costs it nothing in the result and little in time: planes and low-rank parts it does
-not have get zero scales, which the kernels skip; column scales it does not have are ones; a parameter that equals the
-base's has all its planes so.
+What a tenant lacks of a slot's room costs it nothing in the result and little in time: planes that it does not have
+get zero row scales, which the CPU kernel skips; a low-rank part that it does not have is zero; column scales that it
+does not have are ones; a parameter that equals the base's has all its planes so.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import match_names, open_checkpoint
 from ..delta import Delta
-from ..encodings import Dense, Encoding, Matrix, Rows, Same, Sign
+from ..encodings import Encoding, Matrix, Rows, Same
 from ..errors import DeltaFileError, UnsupportedError
-from ..kernels.layout import words
 from ..stack import Stack
 from .reserve import Reserve, plan
+from .slots import allocate, copy, write
 
 
 class Base:
@@ -104,16 +104,9 @@ def _check_finite(tenant: str, name: str, encoding: Encoding) -> None:
         for field, stored in part.tensors().items():
             if stored.is_floating_point() and not bool(stored.isfinite().all()):
                 raise DeltaFileError(
-                    f"tenant {tenant}: {name}: {field} holds NaN or infinite values: the delta is damaged, make it again"
+                    f"tenant {tenant}: {name}: {field} holds NaN or infinite values: the delta is damaged, "
+                    "make it again"
                 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Lease:
-    """Slots held by a forward or a generate, one per row; -1 is the base."""
-
-    names: tuple[str | None, ...]
-    slots: tuple[int, ...]
 
 
 class Bank:
@@ -142,19 +135,15 @@ class Bank:
         encodings = {name: base.encodings(name, delta) for name, delta in tenants.items()}
         self.reserve = plan(base.parameters, encodings, reserve)
         transposed = _orientation(base, encodings)
-        self.stacks = {
-            name: stack
-            for name, room in self.reserve.items()
-            if (stack := _allocate(base.parameters[name], room, slots, name in transposed)) is not None
-        }
+        self.stacks = _stacks(base, self.reserve, slots, transposed)
         self.refused: dict[str, str] = {}  # parameter -> why no graph can give each row its own
         self._lock = threading.Lock()
         self._slot: dict[str, int] = {}
         self._changed: dict[str, frozenset[str]] = {}  # tenant -> parameters that differ from the base's
         self._leases = [0] * slots
-        self._retired: set[int] = set()
+        self.side_files: dict[str, Mapping[str, object]] = {}  # tenant -> its config, generation config and so on
         for name, found in encodings.items():
-            self._place(name, found)
+            self._place(name, found, tenants[name])
 
     @property
     def tenants(self) -> tuple[str, ...]:
@@ -192,7 +181,7 @@ class Bank:
         for parameter, encoding in found.items():
             self._check_room(name, parameter, encoding)
         with self._lock:
-            self._place(name, found)
+            self._place(name, found, delta)
 
     def remove(self, name: str) -> None:
         """Forget a tenant and free its slot.
@@ -206,11 +195,11 @@ class Bank:
                 raise UnsupportedError(
                     f"tenant {name} is in use by {self._leases[slot]} running call(s): remove it when they are done"
                 )
-            del self._slot[name], self._changed[name]
+            del self._slot[name], self._changed[name], self.side_files[name]
 
     @contextlib.contextmanager
-    def lease(self, names: Sequence[str | None]) -> Iterator[Lease]:
-        """The slots of these tenants, kept as they are until the end of the block.
+    def lease(self, names: Sequence[str | None]) -> Iterator[tuple[int, ...]]:
+        """The slots of these tenants, -1 for the base, kept as they are until the end of the block.
 
         Raises:
             UnsupportedError: an unknown tenant.
@@ -221,7 +210,7 @@ class Bank:
                 if slot >= 0:
                     self._leases[slot] += 1
         try:
-            yield Lease(tuple(names), slots)
+            yield slots
         finally:
             with self._lock:
                 for slot in slots:
@@ -241,21 +230,21 @@ class Bank:
         if parameter in self.refused:
             raise UnsupportedError(f"tenant {tenant} changes {parameter}: {self.refused[parameter]}")
         needed, room = Reserve.needed(encoding, base), self.reserve[parameter]
-        if needed.dense and stack is not None and stack.place is not None and room.dense:
-            if self._free_dense(stack) is None:
-                needed = dataclasses.replace(needed, dense=room.dense + 1)
+        if needed.dense and stack is not None and stack.dense is not None and self._free_dense(stack) is None:
+            needed = dataclasses.replace(needed, dense=room.dense + 1)
         lacks = room.lacks(needed)
-        if isinstance(encoding, Matrix) and not room.small and stack is not None:
-            if encoding.transposed != stack.transposed:
-                lacks.append(f"transposed={encoding.transposed}")
+        matrix = isinstance(encoding, Matrix) and not room.small and stack is not None
+        if matrix and encoding.transposed != stack.transposed:
+            lacks.append(f"transposed={encoding.transposed}")
         if lacks:
             raise UnsupportedError(
-                f"tenant {tenant} needs more of {parameter} than was reserved: {', '.join(lacks)}; attach with it among "
-                "the first tenants or with reserve=..., or call grow(...), which compiles again"
+                f"tenant {tenant} needs more of {parameter} than was reserved: {', '.join(lacks)}; attach with it "
+                "among the first tenants or with reserve=..., or call grow(fit=[delta]), which compiles again"
             )
 
     def _free_dense(self, stack: Stack) -> int | None:
-        assert stack.dense is not None and stack.place is not None
+        assert stack.dense is not None
+        assert stack.place is not None
         live = {int(stack.place[slot]) for slot in self._in_use()}
         return next((entry for entry in range(stack.dense.shape[0]) if entry not in live), None)
 
@@ -263,32 +252,56 @@ class Bank:
         return {*self._slot.values(), *(slot for slot, count in enumerate(self._leases) if count)}
 
     @torch.no_grad()
-    def _place(self, name: str, encodings: Mapping[str, Encoding]) -> None:
+    def _place(self, name: str, encodings: Mapping[str, Encoding], delta: Delta) -> None:
         """Write a free slot, then point the name at it."""
         used = self._in_use()
         slot = next((each for each in range(self.slots) if each not in used), None)
         if slot is None:
             raise UnsupportedError(
-                f"all {self.slots} slots are taken: remove a tenant, attach with more slots=..., or call grow(slots=...)"
+                f"all {self.slots} slots are taken: remove a tenant, attach with more slots=..., or call "
+                "grow(slots=...), which compiles again"
             )
         for parameter, stack in self.stacks.items():
-            encoding = encodings.get(parameter)
-            _write(
-                stack,
-                slot,
-                encoding,
-                self.base.parameters[parameter],
-                self._free_dense(stack) if stack.dense is not None else None,
-            )
-        self._slot[name] = slot
+            dense = None if stack.dense is None else self._free_dense(stack)
+            write(stack, slot, encodings.get(parameter), self.base.parameters[parameter], dense)
+        self._slot[name], self.side_files[name] = slot, delta.side_files
         self._changed[name] = frozenset(
             parameter for parameter, encoding in encodings.items() if not isinstance(encoding, Same)
         )
 
-    def to_delta_state(self) -> dict[str, int]:
-        """Tenant -> slot, a copy."""
+    @torch.no_grad()
+    def grown(self, slots: int | None, reserve: Reserve | Mapping[str, Reserve] | None, fit: Sequence[Delta]) -> Bank:
+        """A bank with more room that holds the same tenants.
+
+        Args:
+            slots: how many, at least as many as now; None for as many.
+            reserve: room for every matrix, or by parameter name, where it is more than now.
+            fit: deltas to have room for.
+
+        Raises:
+            UnsupportedError: fewer slots than now, or a call is under way.
+        """
+        wider = slots if slots is not None else self.slots
+        if wider < self.slots:
+            raise UnsupportedError(f"there are {self.slots} slots: grow(slots={wider}) would take some away")
         with self._lock:
-            return dict(self._slot)
+            if any(self._leases):
+                raise UnsupportedError("calls are under way: grow when they are done")
+            more = {f"delta {at}": self.base.encodings(f"delta {at}", delta) for at, delta in enumerate(fit)}
+            bank = Bank(self.base, {}, wider)
+            wanted = plan(self.base.parameters, more, reserve)
+            bank.reserve = {name: room | wanted[name] for name, room in self.reserve.items()}
+            transposed = {name for name, stack in self.stacks.items() if stack.transposed} | _orientation(
+                self.base, more
+            )
+            bank.stacks = _stacks(self.base, bank.reserve, wider, transposed)
+            for slot in self._slot.values():
+                for name, stack in bank.stacks.items():
+                    dense = None if stack.place is None else int(stack.place.max()) + 1
+                    copy(self.stacks.get(name), stack, slot, self.base.parameters[name], dense)
+            bank._slot, bank._changed = dict(self._slot), dict(self._changed)
+            bank.side_files = dict(self.side_files)
+            return bank
 
 
 def _check_name(name: object) -> None:
@@ -313,78 +326,6 @@ def _orientation(base: Base, tenants: Mapping[str, Mapping[str, Encoding]]) -> s
     return {name for name in base.parameters if said.get(name, kind.get(name) in kinds)}
 
 
-def _allocate(base: Tensor, room: Reserve, slots: int, transposed: bool) -> Stack | None:
-    """The tensors of one parameter's slots, with no tenant in any; None for no room."""
-    shape, dtype, device = tuple(base.shape), base.dtype, base.device
-    if room == Reserve():
-        return None
-    if room.small:
-        small = torch.zeros(slots + 1, *shape, dtype=dtype, device=device)
-        small[slots].copy_(base.detach())
-        return Stack(shape, dtype, small=small)
-    outputs, features = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    tensors: dict[str, Tensor] = {}
-    if room.planes:
-        tensors["signs"] = torch.zeros(slots, room.planes, outputs, words(features), dtype=torch.int32, device=device)
-        tensors["row_scale"] = torch.zeros(slots, room.planes, outputs, device=device)
-        if room.col_scale:
-            tensors["col_scale"] = torch.zeros(slots, room.planes, features, device=device)
-        if room.rank:
-            tensors["left"] = torch.zeros(slots, outputs, room.rank, dtype=torch.bfloat16, device=device)
-            tensors["right"] = torch.zeros(slots, room.rank, features, dtype=torch.bfloat16, device=device)
-    largest = max(room.out_features, outputs)
-    if room.rows:
-        tensors["rows_index"] = torch.full((slots, room.rows), largest, dtype=torch.int64, device=device)
-        tensors["rows_values"] = torch.zeros(slots, room.rows, features, dtype=dtype, device=device)
-    if room.out_features > outputs:
-        tensors["vocabulary"] = torch.full((slots + 1,), outputs, dtype=torch.int64, device=device)
-    if room.dense:
-        tensors["dense"] = torch.zeros(room.dense, *((outputs, features)), dtype=dtype, device=device)
-        tensors["place"] = torch.full((slots,), -1, dtype=torch.int64, device=device)
-    more = largest if room.rows or room.out_features > outputs else 0
-    return Stack(shape, dtype, transposed, out_features=more, **tensors)  # type: ignore[arg-type]
-
-
-def _write(stack: Stack, slot: int, encoding: Encoding | None, base: Tensor, dense: int | None) -> None:
-    """Fill one slot of one parameter; None and `same` are the base's tensor."""
-    if stack.small is not None:
-        value = base.detach() if encoding is None or isinstance(encoding, Same) else encoding.apply(base.detach())
-        stack.small[slot].copy_(value)
-        return
-    sign = encoding.over if isinstance(encoding, Rows) else encoding
-    sign = sign if isinstance(sign, Sign) else None
-    if stack.signs is not None and stack.row_scale is not None:
-        planes = 0 if sign is None else sign.planes
-        stack.row_scale[slot, planes:].zero_()
-        if stack.col_scale is not None:
-            stack.col_scale[slot].fill_(1.0)
-        if stack.left is not None and stack.right is not None:
-            stack.left[slot].zero_()
-            stack.right[slot].zero_()
-        if sign is not None:
-            stack.signs[slot, :planes].copy_(sign.signs)
-            stack.row_scale[slot, :planes].copy_(sign.row_scale)
-            if sign.col_scale is not None:
-                assert stack.col_scale is not None
-                stack.col_scale[slot, :planes].copy_(sign.col_scale)
-            if sign.left is not None and sign.right is not None:
-                assert stack.left is not None and stack.right is not None
-                stack.left[slot, :, : sign.rank].copy_(sign.left)
-                stack.right[slot, : sign.rank].copy_(sign.right)
-    rows = encoding if isinstance(encoding, Rows) else None
-    if stack.rows_index is not None and stack.rows_values is not None:
-        count = 0 if rows is None else rows.index.numel()
-        stack.rows_index[slot, count:].fill_(stack.out_features)
-        stack.rows_values[slot, count:].zero_()
-        if rows is not None:
-            stack.rows_index[slot, :count].copy_(rows.index)
-            stack.rows_values[slot, :count].copy_(rows.values)
-    if stack.vocabulary is not None:
-        stack.vocabulary[slot] = stack.base_rows if rows is None else rows.out_features
-    if stack.place is not None and stack.dense is not None:
-        stack.place[slot] = -1
-        if isinstance(encoding, Dense):
-            assert dense is not None
-            value = encoding.value.T if stack.transposed else encoding.value
-            stack.dense[dense].copy_(value)
-            stack.place[slot] = dense
+def _stacks(base: Base, reserve: Mapping[str, Reserve], slots: int, transposed: Set[str]) -> dict[str, Stack]:
+    found = {name: allocate(base.parameters[name], room, slots, name in transposed) for name, room in reserve.items()}
+    return {name: stack for name, stack in found.items() if stack is not None}

@@ -2,9 +2,9 @@
 
     model(**inputs, tenants=["sre", None, "legal"])
 
-A call leases the slots of its tenants, makes the row index from them and runs the base's compiled graph with it. The row
-index travels beside the graph's inputs in a variable of the calling thread: threads with different tenants never meet,
-their forwards run side by side, and only the bank's names are guarded by a lock. Graphs are captured whole
+A call leases the slots of its tenants, makes the row index from them and runs the base's compiled graph with it. The
+row index travels beside the graph's inputs in a variable of the calling thread: threads with different tenants never
+meet, their forwards run side by side, and only the bank's names are guarded by a lock. Graphs are captured whole
 (`fullgraph=True`): what Dynamo cannot capture is an error, because code left to eager would run on the base's weights.
 """
 
@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..checkpoint import open_checkpoint
 from ..delta import Delta
-from ..errors import UnsupportedError
+from ..errors import BitDeltaError, UnsupportedError
 from ..explain import remember
-from ..graph.batch import Batch
+from ..graph.batch import Batch, value_of
 from ..graph.context import Context, NoRowForm, Parameter
 from ..graph.rewrite import rewrite
 from ..lowering import torch_internals
 from ..lowering.inductor import compile_graph
-from .bank import Bank, Base, Lease
+from ..sidefiles import FromBase, unpack
+from .bank import Bank, Base
 from .reserve import Reserve
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ DEFAULT_SLOTS = 16
 
 
 class _Call(threading.local):
-    """The row index of the call that this thread is in: int32 [rows], and how many rows its inputs have."""
+    """The row index of the call that this thread is in: int32 [rows]; None outside of one."""
 
     index: Tensor | None = None
 
@@ -58,44 +60,32 @@ class TenantGraphs:
         assert index is not None, "an attached model's graph is compiled by a call of the model"
         rewritten, context = self._rewrite(gm, example_inputs, index.shape[0])
         remember(context, example_inputs)
-        tenant = context.graph.find_nodes(op="placeholder")[len(example_inputs)]
-        fixed = torch_internals.static_example
-        if self.lower == "eager":
-            compiled: Callable[..., Any] = rewritten
-        else:
-            examples = [*example_inputs, tenant.meta["example_value"], *map(fixed, context.added)]
+        compiled: Callable[..., Any] = rewritten
+        if self.lower == "inductor":
+            assert context.tenant is not None
+            added = map(torch_internals.static_example, context.added)
+            examples = [*example_inputs, context.tenant.meta["example_value"], *added]
             compiled = compile_graph(rewritten, examples, self.options)
         self.graphs += 1
-        call, added = self.call, tuple(context.added)
-
-        def run(*args: Any) -> Any:
-            return compiled(*args, call.index, *added)
-
-        return run
+        call, tensors = self.call, tuple(context.added)
+        return lambda *args: compiled(*args, call.index, *tensors)
 
     def _rewrite(self, gm: fx.GraphModule, inputs: Sequence[Any], rows: int) -> tuple[fx.GraphModule, Context]:
-        """The graph for many tenants. Parameters that it cannot give each row its own keep the base's, if all have it."""
-        bank = self.bank
-        placeholders = gm.graph.find_nodes(op="placeholder")
-        known = bank.base.by_id
-        batch = Batch.leading(
-            [
-                node.meta.get("example_value")
-                for node, value in zip(placeholders, inputs, strict=True)
-                if not isinstance(value, nn.Parameter)
-            ],
-            rows,
-        )
+        """The graph for many tenants; parameters that no row can have of its own stay the base's if all have that."""
+        bank, placeholders = self.bank, gm.graph.find_nodes(op="placeholder")
+        given = dict(zip(placeholders, inputs, strict=True))
+        own = [value_of(node) for node, value in given.items() if not isinstance(value, nn.Parameter)]
+        batch = Batch.leading(own, rows)
         if batch is None:
             raise UnsupportedError(
-                f"the model fixes its batch size to {rows} while it is traced, so rows cannot be told apart: "
-                "let it read the batch size from its inputs, or call it with one row at a time"
+                f"the batch size is fixed to {rows} while the model is traced, so rows cannot be told apart: let the "
+                "model read it from its inputs, or call it with one row at a time"
             )
         while True:
             parameters = {
                 node: Parameter(name, bank.stacks[name], value, bank.changed(name))
-                for node, value in zip(placeholders, inputs, strict=True)
-                if (name := known.get(id(value))) in bank.stacks and name not in bank.refused
+                for node, value in given.items()
+                if (name := bank.base.by_id.get(id(value), "")) in bank.stacks and name not in bank.refused
             }
             try:
                 return rewrite(gm, parameters, batch)
@@ -103,15 +93,14 @@ class TenantGraphs:
                 if error.parameter.tenants:
                     raise
                 bank.refused[error.parameter.name] = str(error)
-                log.info("%s", error)
+                log.info("%s; no tenant changes it", error)
 
 
 class TenantModel(nn.Module):
-    """A base with tenants attached. Inference only; made by `attach`.
+    """A base with tenants attached; made by `attach`. Inference only.
 
     Attributes:
         base: the model; its weights are shared by all tenants and must not be written to.
-        tenants: names.
     """
 
     base: nn.Module
@@ -119,10 +108,12 @@ class TenantModel(nn.Module):
     def __init__(self, base: nn.Module, bank: Bank, lower: str, options: Mapping[str, Any]) -> None:
         super().__init__()
         self.base = base
-        self._bank = bank
-        self._graphs = TenantGraphs(bank, lower, options)
-        self._compiled: dict[nn.Module, Callable[..., Any]] = {}
-        self.training = base.training
+        self.training = False
+        self._serve(bank, TenantGraphs(bank, lower, options))
+
+    def _serve(self, bank: Bank, graphs: TenantGraphs) -> None:
+        self._bank, self._graphs = bank, graphs
+        self._compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
 
     @property
     def tenants(self) -> tuple[str, ...]:
@@ -139,30 +130,88 @@ class TenantModel(nn.Module):
         """Bytes of all slots, taken or not."""
         return self._bank.nbytes
 
+    @property
+    def config(self) -> Any:
+        """The base's config."""
+        return self.base.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return next(self.base.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's weights."""
+        return next(self.base.parameters()).dtype
+
     @torch.compiler.disable(reason="an attached model compiles its own graphs")
     def forward(self, *args: Any, tenants: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """Run the base with each row's own delta.
 
         Args:
-            tenants: a name for each row of the inputs, None for the base. A single name or None is not spread.
-            *args, **kwargs: the base's; tensors lead with the batch.
+            tenants: a name for each row of the inputs, None for the base.
+            *args, **kwargs: the base's. Tensors lead with the batch: any whose first size is the number of rows does.
 
         Returns:
-            What the base returns. Logits past the vocabulary of a row's tenant are -inf.
+            What the base returns, without gradients. Logits past the vocabulary of a row's tenant are -inf.
 
         Raises:
-            UnsupportedError: unknown names, as many names as the inputs have no rows, or a model that cannot be captured
+            UnsupportedError: unknown names, not one for each row of the inputs, or a model that Dynamo cannot capture
                 whole.
         """
-        if tenants is None or isinstance(tenants, str):
-            raise UnsupportedError(
-                'say which tenant each row belongs to: model(..., tenants=["name", None, ...]), None being the base'
-            )
-        with self._bank.lease(tenants) as lease:
+        names = _names(tenants)
+        with self._bank.lease(names) as slots:
             rows = _rows((args, kwargs))
-            if rows != len(lease.slots):
-                raise UnsupportedError(f"{len(lease.slots)} tenants were given for inputs of {rows} rows: one for each")
-            return self._run(self.base, lease, args, kwargs)
+            if rows != len(slots):
+                raise UnsupportedError(
+                    f"{len(slots)} tenants were given for inputs of {rows} rows: name one, or None, for each"
+                )
+            return self._run(self.base, slots, args, kwargs)
+
+    @torch.compiler.disable(reason="an attached model compiles its own graphs")
+    def generate(
+        self,
+        *args: Any,
+        tenants: Sequence[str | None] | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`, each row by its own tenant and with that tenant's generation config.
+
+        Args:
+            tenants: a name for each row of the inputs, None for the base.
+            generators: where rows sample, one for each.
+            *args, **kwargs: those of the base's `generate`.
+
+        Raises:
+            UnsupportedError: unknown names, or a way of generating, or settings, that rows cannot have of their own.
+            BitDeltaError: rows, tenants and generators do not match.
+        """
+        from .generate import generate  # transformers is imported when a model of it is used
+        from .profiles import Profile
+
+        base: Any = self.base
+        names = _names(tenants)
+        given = dict(zip(("inputs", "generation_config", "logits_processor", "stopping_criteria"), args, strict=False))
+        with self._bank.lease(names) as slots:
+            configs = {name: self._generation_config(name) for name in set(names)}
+            profiles = [Profile(name, configs[name]) for name in names]
+
+            def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                return self._run(module, slots, args, kwargs)
+
+            return generate(base, forward, profiles, {**given, **kwargs}, generators=generators)
+
+    def _generation_config(self, name: str | None) -> Any:
+        """The tenant's own, None where its delta has none."""
+        from transformers import GenerationConfig
+
+        stored = None if name is None else self._bank.side_files[name].get("generation_config.json")
+        if isinstance(stored, FromBase):
+            stored = unpack({"generation_config.json": stored}, open_checkpoint(self.base).side_files, "the base")
+            stored = stored["generation_config.json"]
+        return GenerationConfig.from_dict(stored) if isinstance(stored, dict) else None
 
     def add(self, name: str, delta: Delta | str | Path) -> None:
         """Attach one more tenant, without compiling anything.
@@ -188,41 +237,92 @@ class TenantModel(nn.Module):
         """
         self._bank.remove(name)
 
-    def _run(self, module: nn.Module, lease: Lease, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """`module`, the base or a part of it, with the rows of a lease, each as often as the inputs repeat it."""
-        rows = _rows((args, kwargs))
-        if not rows or rows % len(lease.slots):
-            raise UnsupportedError(f"inputs of {rows} rows cannot be divided among {len(lease.slots)} tenants")
-        if rows > 1:
-            for tensor in _tensors((args, kwargs)):
-                if tensor.dim() and tensor.shape[0] == rows:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        device = next(self.base.parameters()).device
-        index = torch.tensor(lease.slots, dtype=torch.int32, device=device).repeat_interleave(rows // len(lease.slots))
-        if module not in self._compiled:
-            self._compiled[module] = torch.compile(module, backend=self._graphs, fullgraph=True)
+    def grow(
+        self,
+        *,
+        slots: int | None = None,
+        reserve: Reserve | Mapping[str, Reserve] | None = None,
+        fit: Sequence[Delta | str | Path] = (),
+    ) -> None:
+        """Make room; the graphs are compiled anew when they are next called.
+
+        Args:
+            slots: how many tenants, at least as many as now.
+            reserve: as in `attach`; what is there already stays.
+            fit: deltas that must fit.
+
+        Raises:
+            UnsupportedError: fewer slots than now, or calls under way.
+        """
+        bank = self._bank.grown(slots, reserve, [_delta(delta) for delta in fit])
+        self._serve(bank, TenantGraphs(bank, self._graphs.lower, self._graphs.options))
+
+    def _run(self, module: nn.Module, slots: Sequence[int], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """`module`, the base or a part of it; inputs may repeat every row equally often (beams)."""
+        tensors = list(_tensors((args, kwargs)))
+        rows = _rows(tensors)
+        if not rows or not slots or rows % len(slots):
+            raise UnsupportedError(f"inputs of {rows} rows cannot be divided among {len(slots)} tenants")
+        for tensor in tensors if rows > 1 else ():
+            if tensor.dim() and tensor.shape[0] == rows:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        index = torch.tensor(slots, dtype=torch.int32, device=self.device).repeat_interleave(rows // len(slots))
         call = self._graphs.call
         before, call.index = call.index, index
         try:
             with torch.no_grad():
-                return self._compiled[module](*args, **kwargs)
+                return self._entry(module, tensors)(*args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, BitDeltaError):
+                raise error.inner_exception from None
+            raise
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            raise UnsupportedError(
+                f"{type(module).__name__} cannot be captured whole, and code left to eager would run on the base's "
+                f"weights: {error}"
+            ) from error
         finally:
             call.index = before
 
-    @property
-    def config(self) -> Any:
-        """The base's config."""
-        return self.base.config
+    def _entry(self, module: nn.Module, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+        """The compiled module for inputs of this kind.
 
-    @property
-    def device(self) -> torch.device:
-        """Where the base is."""
-        return next(self.base.parameters()).device
+        Each kind is a code object of its own to Dynamo, which allows so many graphs for one: prefill, decode and
+        batches of one row do not use up each other's.
+        """
+        key = (module, len(tensors), *(size == 1 for size in tensors[0].shape))
+        if key not in self._compiled:
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the base's weights."""
-        return next(self.base.parameters()).dtype
+            def entry(*args: Any, **kwargs: Any) -> Any:
+                return module(*args, **kwargs)
+
+            entry.__code__ = entry.__code__.replace(co_name=f"{type(module).__name__}_with_tenants")
+            self._compiled[key] = torch.compile(entry, backend=self._graphs, fullgraph=True)
+        return self._compiled[key]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        raise UnsupportedError("an attached model stays where it is: move or convert the base, then attach")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(
+            "an attached model has no state of its own: save the base, and each delta with save(...)"
+        )
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError("an attached model loads no weights: load them into the base, then attach")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a tenant's whole checkpoint is written by `Delta.save_pretrained`."""
+        raise UnsupportedError(
+            "an attached model is many models: delta.save_pretrained(base, folder) writes one tenant's checkpoint"
+        )
+
+    def train(self, mode: bool = True) -> TenantModel:
+        """Only `train(False)`: an attached model is for inference."""
+        if mode:
+            raise UnsupportedError("an attached model is for inference: train the fine-tune itself and compress it")
+        self.base.train(False)
+        return self
 
 
 def attach(
@@ -263,8 +363,14 @@ def _delta(delta: Delta | str | Path) -> Delta:
     return delta if isinstance(delta, Delta) else Delta.load(delta)
 
 
+def _names(tenants: Sequence[str | None] | None) -> Sequence[str | None]:
+    if tenants is None or isinstance(tenants, str) or not len(tenants):
+        raise UnsupportedError('say which tenant each row belongs to: tenants=["name", None, ...], None being the base')
+    return tenants
+
+
 def _rows(values: Any) -> int:
-    """The batch of some inputs: the leading size of the first tensor that has one."""
+    """The batch of some inputs: the first size of the first tensor that has one."""
     return next((tensor.shape[0] for tensor in _tensors(values) if tensor.dim()), 0)
 
 
@@ -272,11 +378,15 @@ def _tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
     """Tensors in nested arguments, those in the attributes of plain objects (caches) among them."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _tensors(each, depth - 1) if depth else ()
+        return
+    if isinstance(value, Mapping):
+        inner: Iterable[Any] = value.values()
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each, depth - 1) if depth else ()
-    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and depth:
-        yield from _tensors(vars(value), depth - 1)
+        inner = value
+    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
+        inner = vars(value).values()
+    else:
+        return
+    if depth:
+        for each in inner:
+            yield from _tensors(each, depth - 1)
