@@ -129,6 +129,8 @@ class Bank:
         slots: int,
         reserve: Reserve | Mapping[str, Reserve] | None = None,
     ) -> None:
+        for name in tenants:
+            _check_name(name)
         if slots < max(1, len(tenants)):
             raise UnsupportedError(f"{slots} slots cannot hold {len(tenants)} tenants: give attach(slots=...) more")
         self.base, self.slots = base, slots
