@@ -16,6 +16,7 @@ from .encodings import Encoding
 from .errors import BitDeltaError
 from .graph.context import STEMS_FROM, Context, Use
 from .graph.patterns import op_name
+from .stack import Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Line:
 
     Attributes:
         name: qualified name in the base.
-        kind: of encoding; "own" for a parameter the base does not have.
+        kind: of encoding; "own" for a parameter the base does not have, "stack" for the slots of many tenants.
         weights: elements of the tuned parameter.
         tuned_bytes: of the tuned parameter, dense.
         delta_bytes: of its encoding.
@@ -53,7 +54,7 @@ class _Graph:
 
     nodes: tuple[_Node, ...]
     uses: tuple[Use, ...]
-    encodings: dict[str, Encoding]
+    encodings: dict[str, Encoding | Stack]
 
 
 _graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> list[_Graph]
@@ -125,7 +126,7 @@ def explain(subject: nn.Module | Delta) -> Explanation:
     """What was rewritten, encoded how, in how many bytes.
 
     Args:
-        subject: a model compiled with backend "bitdelta" that has run at least once, or a delta.
+        subject: a model compiled with backend "bitdelta", or one with tenants attached, that has run; or a delta.
 
     Raises:
         BitDeltaError: no graph of the model has been compiled yet.
@@ -155,7 +156,7 @@ def explain(subject: nn.Module | Delta) -> Explanation:
     return Explanation(lines, graphs)
 
 
-def _line(name: str, encoding: Encoding, actions: tuple[str, ...] = ()) -> Line:
+def _line(name: str, encoding: Encoding | Stack, actions: tuple[str, ...] = ()) -> Line:
     weights = math.prod(encoding.shape)
     return Line(name, encoding.kind, weights, weights * encoding.dtype.itemsize, encoding.nbytes, actions)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Stack:
         """The stack of one slot for an encoding over the base's tensor."""
         shape, dtype = tuple(base.shape), base.dtype
         sign = encoding.over if isinstance(encoding, Rows) else encoding
-        packed: dict[str, Tensor] = {}
+        packed: dict[str, Any] = {}
         if isinstance(sign, Sign):
             packed = {name: tensor.unsqueeze(0) for name, tensor in sign.tensors().items()}
         if not isinstance(encoding, Rows):

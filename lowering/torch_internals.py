@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
 log = logging.getLogger(__name__)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 OLDEST = (2, 11)
 NEWEST = (2, 15)
@@ -83,6 +86,16 @@ def last_graph_allowed() -> bool:
     current = CompileContext.current_compile_id()
     compiled = getattr(current, "frame_compile_id", None)
     return compiled is not None and int(compiled) + 1 >= config.recompile_limit
+
+
+def no_outer_capture(reason: str) -> Callable[[Function], Function]:
+    """Keep Dynamo from tracing a function that compiles graphs of its own: it is called as it is."""
+
+    def decorate(function: Function) -> Function:
+        disabled: Function = torch.compiler.disable(function, reason=reason)
+        return disabled
+
+    return decorate
 
 
 def is_fake(value: Any) -> bool:

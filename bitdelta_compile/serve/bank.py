@@ -235,8 +235,8 @@ class Bank:
         if needed.dense and stack is not None and stack.dense is not None and self._free_dense(stack) is None:
             needed = dataclasses.replace(needed, dense=room.dense + 1)
         lacks = room.lacks(needed)
-        matrix = isinstance(encoding, Matrix) and not room.small and stack is not None
-        if matrix and encoding.transposed != stack.transposed:
+        stored = None if stack is None or room.small else stack.transposed
+        if isinstance(encoding, Matrix) and stored is not None and encoding.transposed != stored:
             lacks.append(f"transposed={encoding.transposed}")
         if lacks:
             raise UnsupportedError(

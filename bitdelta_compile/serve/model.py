@@ -145,7 +145,7 @@ class TenantModel(nn.Module):
         """Of the base's weights."""
         return next(self.base.parameters()).dtype
 
-    @torch.compiler.disable(reason="an attached model compiles its own graphs")
+    @torch_internals.no_outer_capture("an attached model compiles its own graphs")
     def forward(self, *args: Any, tenants: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """Run the base with each row's own delta.
 
@@ -169,7 +169,7 @@ class TenantModel(nn.Module):
                 )
             return self._run(self.base, slots, args, kwargs)
 
-    @torch.compiler.disable(reason="an attached model compiles its own graphs")
+    @torch_internals.no_outer_capture("an attached model compiles its own graphs")
     def generate(
         self,
         *args: Any,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def allocate(base: Tensor, room: Reserve, slots: int, transposed: bool) -> Stack
         small[slots].copy_(base.detach())
         return Stack(shape, dtype, small=small)
     outputs, features = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     if room.planes:
         tensors["signs"] = torch.zeros(slots, room.planes, outputs, words(features), dtype=torch.int32, device=device)
         tensors["row_scale"] = torch.zeros(slots, room.planes, outputs, device=device)
@@ -37,10 +39,10 @@ def allocate(base: Tensor, room: Reserve, slots: int, transposed: bool) -> Stack
     if room.out_features > outputs:
         tensors["vocabulary"] = torch.full((slots + 1,), outputs, dtype=torch.int64, device=device)
     if room.dense:
-        tensors["dense"] = torch.zeros(room.dense, *((outputs, features)), dtype=dtype, device=device)
+        tensors["dense"] = torch.zeros(room.dense, outputs, features, dtype=dtype, device=device)
         tensors["place"] = torch.full((slots,), -1, dtype=torch.int64, device=device)
     more = largest if room.rows or room.out_features > outputs else 0
-    return Stack(shape, dtype, transposed, out_features=more, **tensors)  # type: ignore[arg-type]
+    return Stack(shape, dtype, transposed, out_features=more, **tensors)
 
 
 def write(stack: Stack, slot: int, encoding: Encoding | None, base: Tensor, dense: int | None) -> None:

@@ -160,9 +160,7 @@ def test_threads_do_not_meet(model: TenantModel) -> None:
     wrong: list[int] = []
 
     def serve(at: int) -> None:
-        for _ in range(30):
-            if not torch.equal(model(x, tenants=rows[at])["y"], expected[at]):  # noqa: PERF401
-                wrong.append(at)
+        wrong.extend(at for _ in range(30) if not torch.equal(model(x, tenants=rows[at])["y"], expected[at]))
 
     threads = [threading.Thread(target=serve, args=(at,)) for at in range(len(rows))]
     for thread in threads:
