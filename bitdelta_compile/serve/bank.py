@@ -34,9 +34,15 @@ class Base:
     Attributes:
         parameters: canonical name -> tensor.
         aliases: other name -> canonical name.
+        by_id: id of a tensor -> canonical name.
+
+    Raises:
+        UnsupportedError: parameters without data, on several devices, or of a kind of their own (quantized,
+            distributed).
     """
 
     def __init__(self, module: nn.Module) -> None:
+        _check_plain(module)
         self.module = module
         self.parameters: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
@@ -82,9 +88,13 @@ class Base:
 
     def _checked(self, tenant: str, name: str, encoding: Encoding) -> Encoding:
         base = self.parameters[name]
-        under = encoding.over.shape if isinstance(encoding, Rows) and encoding.over is not None else encoding.shape
-        grown = isinstance(encoding, Rows) and len(base.shape) == 2
-        if under != tuple(base.shape) and not (grown and _grown_from(encoding, base)):
+        grown = isinstance(encoding, Rows) and encoding.shape != tuple(base.shape)
+        if grown and Reserve.default(base).small:
+            raise UnsupportedError(
+                f"{name} has shape {list(base.shape)} in the base and {list(encoding.shape)} in tenant {tenant}, and is "
+                "too small a table for rows of its own: give the base a parameter of that shape before attaching"
+            )
+        if encoding.shape != tuple(base.shape) and not (grown and _grown_from(encoding, base)):
             raise UnsupportedError(
                 f"{name} has shape {list(base.shape)} in the base and {list(encoding.shape)} in tenant {tenant}: give "
                 "the base a parameter of that shape before attaching, for instance with num_labels=..."
@@ -95,7 +105,7 @@ class Base:
 def _grown_from(encoding: Encoding, base: Tensor) -> bool:
     assert isinstance(encoding, Matrix)
     rows, features = (base.shape[1], base.shape[0]) if encoding.transposed else (base.shape[0], base.shape[1])
-    return encoding.in_features == features and encoding.out_features >= rows
+    return encoding.in_features == features and encoding.out_features > rows
 
 
 def _check_finite(tenant: str, name: str, encoding: Encoding) -> None:
@@ -174,16 +184,19 @@ class Bank:
             BaseMismatchError, DeltaFileError: as `Base.encodings`.
         """
         _check_name(name)
-        with self._lock:
-            if replace:
-                self._known(name)
-            elif name in self._slot:
-                raise UnsupportedError(f"there is a tenant {name} already: replace it, or choose another name")
+        self._check_free(name, replace)  # also before reading the delta, which takes a while
         found = self.base.encodings(name, delta)
-        for parameter, encoding in found.items():
-            self._check_room(name, parameter, encoding)
         with self._lock:
+            self._check_free(name, replace)
+            for parameter, encoding in found.items():
+                self._check_room(name, parameter, encoding)
             self._place(name, found, delta)
+
+    def _check_free(self, name: str, replace: bool) -> None:
+        if replace:
+            self._known(name)
+        elif name in self._slot:
+            raise UnsupportedError(f"there is a tenant {name} already: replace it, or choose another name")
 
     def remove(self, name: str) -> None:
         """Forget a tenant and free its slot.

@@ -354,6 +354,8 @@ def attach(
     base = getattr(base, "_orig_mod", base)
     if lower not in ("inductor", "eager"):
         raise UnsupportedError(f'lower must be "inductor" or "eager", got {lower!r}')
+    if base.training:
+        raise UnsupportedError("the base is in training mode: call base.eval() before attaching")
     deltas = {name: _delta(delta) for name, delta in tenants.items()}
     room = slots if slots is not None else max(DEFAULT_SLOTS, len(deltas) + 1)
     return TenantModel(base, Bank(Base(base), deltas, room, reserve), lower, options or {})

@@ -222,6 +222,21 @@ def test_what_cannot_be_attached(base: Net) -> None:
         bdc.attach(base, {"a": "nowhere.bitdelta.safetensors"})
 
 
+def test_bases_that_cannot_be_shared(base: Net) -> None:
+    with pytest.raises(UnsupportedError, match=r"call base\.eval\(\)"):
+        bdc.attach(copy.deepcopy(base).train(), {})
+    with pytest.raises(UnsupportedError, match=r"table\.weight of the base has no data"):
+        bdc.attach(copy.deepcopy(base).to("meta"), {})
+    half = copy.deepcopy(base)
+    half.down.to("meta")
+    with pytest.raises(UnsupportedError, match=r"down\.weight of the base has no data"):
+        bdc.attach(half, {})
+    odd = copy.deepcopy(base)
+    odd.up.weight = type("Packed", (nn.Parameter,), {})(odd.up.weight.detach())
+    with pytest.raises(UnsupportedError, match=r"up\.weight of the base is a Packed"):
+        bdc.attach(odd, {})
+
+
 def test_a_delta_from_its_file(base: Net, tmp_path: Any) -> None:
     known = deltas(base, "a")
     path = tmp_path / "a.bitdelta.safetensors"
