@@ -91,8 +91,8 @@ class Base:
         grown = isinstance(encoding, Rows) and encoding.shape != tuple(base.shape)
         if grown and Reserve.default(base).small:
             raise UnsupportedError(
-                f"{name} has shape {list(base.shape)} in the base and {list(encoding.shape)} in tenant {tenant}, and is "
-                "too small a table for rows of its own: give the base a parameter of that shape before attaching"
+                f"{name} has shape {list(base.shape)} in the base and {list(encoding.shape)} in tenant {tenant}, and "
+                "is too small a table for rows of its own: give the base a parameter of that shape before attaching"
             )
         if encoding.shape != tuple(base.shape) and not (grown and _grown_from(encoding, base)):
             raise UnsupportedError(
@@ -100,6 +100,24 @@ class Base:
                 "the base a parameter of that shape before attaching, for instance with num_labels=..."
             )
         return encoding
+
+
+def _check_plain(module: nn.Module) -> None:
+    places: dict[torch.device, str] = {}
+    for name, tensor in module.named_parameters():
+        if type(tensor) is not nn.Parameter:
+            raise UnsupportedError(
+                f"{name} of the base is a {type(tensor).__name__}, which many tenants cannot share yet: attach a base "
+                "of plain tensors (not quantized, not distributed)"
+            )
+        if tensor.is_meta:
+            raise UnsupportedError(f"{name} of the base has no data (it is a meta tensor): load the model first")
+        places.setdefault(tensor.device, name)
+    if len(places) > 1:
+        (one, first), (other, second), *_ = places.items()
+        raise UnsupportedError(
+            f"the base is spread over devices ({first} on {one}, {second} on {other}): load it onto one of them"
+        )
 
 
 def _grown_from(encoding: Encoding, base: Tensor) -> bool:
