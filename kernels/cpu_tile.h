@@ -11,163 +11,30 @@
 // dense product gives.
 //
 // Order of arithmetic. y[m, n] is a chain over blocks of kBlockK features, then planes, of fma(row_scale, sum over the
-// block). It depends on nothing else: any split over n or rows, any company of other rows give the same bits.
+// block). It depends on nothing else: any split over n or rows, any company of other rows give the same bits. A plane whose
+// scales are all zero in a block of kBlockN outputs is absent there: it adds nothing and its signs are not read.
 //
 // Use: for every block of kRows rows of one tenant, for every range [n0, n1) of tile_outputs(...),
 //     delta_tile(Delta{signs, row_scale, planes, N, K}, col_scale_or_null, x, K, 1, index_or_null, rows, n0, n1, y, ldy)
-//
-// The including code may define BITDELTA_AVX512, BITDELTA_AVX2 or BITDELTA_PORTABLE as 1; otherwise the compiler's
-// target decides.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-
-#if !defined(BITDELTA_AVX512) && !defined(BITDELTA_AVX2) && !defined(BITDELTA_PORTABLE)
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define BITDELTA_AVX512 1
-#elif defined(__AVX2__) && defined(__FMA__)
-#define BITDELTA_AVX2 1
-#else
-#define BITDELTA_PORTABLE 1
-#endif
-#endif
-
-// The instruction set is part of every symbol, so that copies built for different machines never stand in for each other.
-#if defined(BITDELTA_AVX512)
-#include <immintrin.h>
-#define BITDELTA_ISA avx512
-#elif defined(BITDELTA_AVX2)
-#include <immintrin.h>
-#define BITDELTA_ISA avx2
-#else
-#define BITDELTA_ISA portable
-#endif
-
-#if defined(__GNUC__)
-#define BITDELTA_INLINE inline __attribute__((always_inline))
-#define BITDELTA_PREFETCH(address) __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 1)
-#else
-#define BITDELTA_INLINE inline
-#define BITDELTA_PREFETCH(address) ((void)(address))
-#endif
+#include "cpu_lanes.h"
 
 namespace bitdelta {
 inline namespace BITDELTA_ISA {
 
-// The instruction sets: `lanes` outputs side by side, groups of `bits` features.
-
-#if defined(BITDELTA_AVX512)
-struct Lanes {
-  using Float = __m512;
-  using Words = __m512i;
-  static constexpr int64_t lanes = 16, bits = 4, blocks = 4, rows = 4;
-
-  static BITDELTA_INLINE Float zero() { return _mm512_setzero_ps(); }
-  static BITDELTA_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
-  static BITDELTA_INLINE void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
-  static BITDELTA_INLINE Words load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
-  static BITDELTA_INLINE Float ones() { return _mm512_set1_ps(1.0f); }
-  static BITDELTA_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
-  // a + b. As a multiplication by 1 it runs beside the shuffles, where an addition would compete with them for ports (Zen 4).
-  static BITDELTA_INLINE Float add(Float a, Float b, Float one) { return _mm512_fmadd_ps(a, one, b); }
-  static BITDELTA_INLINE Words next_group(Words v) { return _mm512_srli_epi32(v, bits); }
-  static BITDELTA_INLINE Float lookup(Float table, Words v) { return _mm512_permutexvar_ps(v, table); }
-
-  static BITDELTA_INLINE __m128i four_words(const int32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-  // Four words each of rows 0, 4, 8 and 12 from p.
-  static BITDELTA_INLINE __m512i quarter_rows(const int32_t* p, int64_t stride) {
-    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(four_words(p)), four_words(p + 4 * stride), 1);
-    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(four_words(p + 8 * stride)), four_words(p + 12 * stride), 1);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-  }
-  // Four words of `lanes` rows, `stride` words apart, to out[word * out_stride + row].
-  static BITDELTA_INLINE void transpose(const int32_t* p, int64_t stride, uint32_t* out, int64_t out_stride) {
-    const __m512i a = quarter_rows(p, stride), b = quarter_rows(p + stride, stride);
-    const __m512i c = quarter_rows(p + 2 * stride, stride), d = quarter_rows(p + 3 * stride, stride);
-    const __m512i ab0 = _mm512_unpacklo_epi32(a, b), ab1 = _mm512_unpackhi_epi32(a, b);
-    const __m512i cd0 = _mm512_unpacklo_epi32(c, d), cd1 = _mm512_unpackhi_epi32(c, d);
-    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(ab0, cd0));
-    _mm512_storeu_si512(out + out_stride, _mm512_unpackhi_epi64(ab0, cd0));
-    _mm512_storeu_si512(out + 2 * out_stride, _mm512_unpacklo_epi64(ab1, cd1));
-    _mm512_storeu_si512(out + 3 * out_stride, _mm512_unpackhi_epi64(ab1, cd1));
-  }
-};
-#elif defined(BITDELTA_AVX2)
-struct Lanes {
-  using Float = __m256;
-  using Words = __m256i;
-  static constexpr int64_t lanes = 8, bits = 3, blocks = 4, rows = 2;
-
-  static BITDELTA_INLINE Float zero() { return _mm256_setzero_ps(); }
-  static BITDELTA_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
-  static BITDELTA_INLINE void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
-  static BITDELTA_INLINE Words load_words(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static BITDELTA_INLINE Float ones() { return _mm256_set1_ps(1.0f); }
-  static BITDELTA_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
-  // a + b. As a multiplication by 1 it runs beside the shuffles, where an addition would compete with them for ports (Zen 4).
-  static BITDELTA_INLINE Float add(Float a, Float b, Float one) { return _mm256_fmadd_ps(a, one, b); }
-  static BITDELTA_INLINE Words next_group(Words v) { return _mm256_srli_epi32(v, bits); }
-  static BITDELTA_INLINE Float lookup(Float table, Words v) { return _mm256_permutevar8x32_ps(table, v); }
-
-  static BITDELTA_INLINE __m256i half_rows(const int32_t* p, int64_t stride) {
-    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 4 * stride)), 1);
-  }
-  static BITDELTA_INLINE void store_words(uint32_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-  // Four words of `lanes` rows, `stride` words apart, to out[word * out_stride + row].
-  static BITDELTA_INLINE void transpose(const int32_t* p, int64_t stride, uint32_t* out, int64_t out_stride) {
-    const __m256i a = half_rows(p, stride), b = half_rows(p + stride, stride);
-    const __m256i c = half_rows(p + 2 * stride, stride), d = half_rows(p + 3 * stride, stride);
-    const __m256i ab0 = _mm256_unpacklo_epi32(a, b), ab1 = _mm256_unpackhi_epi32(a, b);
-    const __m256i cd0 = _mm256_unpacklo_epi32(c, d), cd1 = _mm256_unpackhi_epi32(c, d);
-    store_words(out, _mm256_unpacklo_epi64(ab0, cd0));
-    store_words(out + out_stride, _mm256_unpackhi_epi64(ab0, cd0));
-    store_words(out + 2 * out_stride, _mm256_unpacklo_epi64(ab1, cd1));
-    store_words(out + 3 * out_stride, _mm256_unpackhi_epi64(ab1, cd1));
-  }
-};
-#else
-struct Lanes {
-  static constexpr int64_t lanes = 4, bits = 4, blocks = 2, rows = 1;
-  struct Float { float at[lanes]; };
-  struct Words { uint32_t at[lanes]; };
-
-  static BITDELTA_INLINE Float zero() { return Float{}; }
-  static BITDELTA_INLINE Float load(const float* p) { Float v; std::memcpy(v.at, p, sizeof v); return v; }
-  static BITDELTA_INLINE void store(float* p, Float v) { std::memcpy(p, v.at, sizeof v); }
-  static BITDELTA_INLINE Words load_words(const uint32_t* p) { Words v; std::memcpy(v.at, p, sizeof v); return v; }
-  static BITDELTA_INLINE Float ones() { return Float{}; }
-  static BITDELTA_INLINE Float fma(Float a, Float b, Float c) { for (int64_t i = 0; i < lanes; ++i) c.at[i] += a.at[i] * b.at[i]; return c; }
-  static BITDELTA_INLINE Float add(Float a, Float b, Float) { for (int64_t i = 0; i < lanes; ++i) a.at[i] += b.at[i]; return a; }
-  static BITDELTA_INLINE Words next_group(Words v) { for (int64_t i = 0; i < lanes; ++i) v.at[i] >>= bits; return v; }
-  static BITDELTA_INLINE Float lookup(const float* table, Words v) {
-    Float out;
-    for (int64_t i = 0; i < lanes; ++i) out.at[i] = table[v.at[i] & 15];
-    return out;
-  }
-  // Four words of `lanes` rows, `stride` words apart, to out[word * out_stride + row].
-  static BITDELTA_INLINE void transpose(const int32_t* p, int64_t stride, uint32_t* out, int64_t out_stride) {
-    for (int64_t word = 0; word < 4; ++word)
-      for (int64_t row = 0; row < lanes; ++row) out[word * out_stride + row] = static_cast<uint32_t>(p[row * stride + word]);
-  }
-};
-#endif
-
 // Sizes.
 
 static constexpr int64_t kWordBits = 32;
-static constexpr int64_t kEntries = int64_t(1) << Lanes::bits;                              // sums of one group
-static constexpr int64_t kGroups = (kWordBits + Lanes::bits - 1) / Lanes::bits;             // groups of one word
-static constexpr int64_t kWordTable = kGroups * kEntries;                                   // floats tabulated for one word
-static constexpr int64_t kBlockN = Lanes::lanes * Lanes::blocks;                            // outputs of one inner step
+static constexpr int64_t kEntries = int64_t(1) << Lanes::bits;                      // sums of one group
+static constexpr int64_t kGroups = (kWordBits + Lanes::bits - 1) / Lanes::bits;     // groups of one word
+static constexpr int64_t kWordTable = kGroups * kEntries;                           // floats tabulated for one word
+static constexpr int64_t kBlockN = Lanes::lanes * Lanes::blocks;                    // outputs of one inner step
 static constexpr int64_t kBlockWords = 16;
-static constexpr int64_t kBlockK = kBlockWords * kWordBits;                                 // features summed before the row scale
-static constexpr int64_t kAhead = 2;                                                         // blocks from the signs in use to those prefetched
-static constexpr int64_t kRows = 16;  // rows looked up per pass over the signs
+static constexpr int64_t kBlockK = kBlockWords * kWordBits;                         // features summed before the row scale
+static constexpr int64_t kRows = 16;                                                // rows looked up per pass over the signs
+static constexpr int64_t kLine = 64;                                                // bytes fetched at a time
+static constexpr int64_t kLinesPerWord = (kBlockN * 4 + kLine - 1) / kLine;         // of signs, for each word of a block
 
 static inline int64_t words(int64_t features) { return (features + kWordBits - 1) / kWordBits; }
 
@@ -185,6 +52,21 @@ struct Delta {
   const int32_t* signs;    // [P, N, W]
   const float* row_scale;  // [P, N]
   int64_t planes, N, K;
+
+  int64_t outputs(int64_t n, int64_t n1) const { return std::min(kBlockN, n1 - n); }
+  // Whether a plane adds nothing to outputs [n, n + count): so a bank stores a plane that a tenant lacks.
+  bool absent(int64_t plane, int64_t n, int64_t count) const {
+    const float* scale = row_scale + plane * N + n;
+    float any = 0.0f;
+#pragma omp simd reduction(max : any)
+    for (int64_t i = 0; i < count; ++i) any = std::max(any, std::abs(scale[i]));
+    return any == 0.0f;
+  }
+};
+
+// Features and planes tabulated together: words [word, word + width) of planes [plane, end).
+struct Chunk {
+  int64_t word, width, plane, end;
 };
 
 // Preparation of x.
@@ -194,56 +76,91 @@ template <typename T>
 static inline void widen(const T* x, int64_t stride, const float* col_scale, int64_t k0, int64_t count, float* out) {
   const T* from = x + k0 * stride;
   if (stride == 1) {
+#pragma omp simd
     for (int64_t k = 0; k < count; ++k) out[k] = static_cast<float>(from[k]);
   } else {
     for (int64_t k = 0; k < count; ++k) out[k] = static_cast<float>(from[k * stride]);
   }
   if (col_scale != nullptr) {
+#pragma omp simd
     for (int64_t k = 0; k < count; ++k) out[k] *= col_scale[k0 + k];
   }
   for (int64_t k = count; k < words(count) * kWordBits; ++k) out[k] = 0.0f;
 }
 
-// The signed sums of every group of `count` words of features: table[word][group][entry], entry bit i set means +x[group start + i].
-static inline void tabulate(const float* x, int64_t count, float* table) {
-  float sign[Lanes::bits][kEntries];
+// The signed sums of every group of one word of features: table[group][entry], entry bit i set means +x[group start + i].
+static BITDELTA_INLINE void tabulate(const float* x, float* table) {
+  using Float = Lanes::Float;
+  constexpr int64_t L = Lanes::lanes;
+  alignas(64) float sign[Lanes::bits][kEntries];
   for (int64_t i = 0; i < Lanes::bits; ++i)
     for (int64_t entry = 0; entry < kEntries; ++entry) sign[i][entry] = (entry >> i & 1) != 0 ? 1.0f : -1.0f;
-  for (int64_t word = 0; word < count; ++word) {
-    for (int64_t group = 0; group < kGroups; ++group) {
-      float* out = table + word * kWordTable + group * kEntries;
-      float value[Lanes::bits];
+  for (int64_t group = 0; group < kGroups; ++group)
+    for (int64_t entry = 0; entry < kEntries; entry += L) {
+      Float sum = Lanes::zero();
       for (int64_t i = 0; i < Lanes::bits; ++i) {
         const int64_t k = group * Lanes::bits + i;
-        value[i] = k < kWordBits ? x[word * kWordBits + k] : 0.0f;
+        if (k < kWordBits) sum = Lanes::fma(Lanes::load(sign[i] + entry), Lanes::broadcast(x[k]), sum);
       }
-      for (int64_t entry = 0; entry < kEntries; ++entry) {
-        float sum = sign[0][entry] * value[0];
-        for (int64_t i = 1; i < Lanes::bits; ++i) sum += sign[i][entry] * value[i];
-        out[entry] = sum;
-      }
+      Lanes::store(table + group * kEntries + entry, sum);
+    }
+}
+
+// Signs fetched into L2 ahead of their use, in the order of use and a few lines at a time while others are looked up: all at
+// once they overrun the miss buffers and the processor drops them. Addresses, not pointers: they may lie past the end.
+class Ahead {
+ public:
+  // The present planes of `chunk` for outputs [n0, n1), kBlockN outputs at a time.
+  Ahead(const Delta& d, int64_t n0, int64_t n1) : d_(d), n0_(n0), n1_(n1) {}
+
+  void start(const Chunk& chunk) {
+    chunk_ = chunk, n_ = n0_ - kBlockN, plane_ = chunk.end, rows_ = 0, at_ = end_ = 0;
+  }
+  // Lines of the first block: the distance between what is fetched and what is used.
+  int64_t distance() const { return (chunk_.end - chunk_.plane) * kBlockN * ((chunk_.width * 4 + kLine - 1) / kLine); }
+
+  BITDELTA_INLINE void fetch(int64_t lines) {
+    for (int64_t i = 0; i < lines; ++i) {
+      if (at_ >= end_ && !next()) return;
+      BITDELTA_PREFETCH(at_);
+      at_ += kLine;
     }
   }
-}
+
+ private:
+  bool next() {
+    const int64_t W = words(d_.K), bytes = std::min(chunk_.width, W - chunk_.word) * 4;
+    if (rows_ == 0) {
+      do {
+        if (++plane_ >= chunk_.end) plane_ = chunk_.plane, n_ += kBlockN;
+        if (n_ >= n1_) {
+          n_ = n1_, plane_ = chunk_.end;
+          return false;
+        }
+      } while (d_.absent(plane_, n_, d_.outputs(n_, n1_)));
+      rows_ = d_.outputs(n_, n1_);
+      row_ = reinterpret_cast<uintptr_t>(d_.signs) + static_cast<uintptr_t>(((plane_ * d_.N + n_) * W + chunk_.word) * 4);
+    }
+    const int64_t some = bytes == W * 4 ? rows_ : 1;  // rows without a gap between them
+    at_ = row_;
+    end_ = row_ + static_cast<uintptr_t>((some - 1) * W * 4 + bytes);
+    row_ += static_cast<uintptr_t>(some * W * 4);
+    rows_ -= some;
+    return true;
+  }
+
+  const Delta& d_;
+  const int64_t n0_, n1_;
+  Chunk chunk_{};
+  int64_t n_ = 0, plane_ = 0, rows_ = 0;
+  uintptr_t row_ = 0, at_ = 0, end_ = 0;
+};
 
 // Lookups.
 
 // Sign words of one block, a lane per output: [kBlockWords][kBlockN].
 struct Bits {
   alignas(64) uint32_t at[kBlockWords * kBlockN];
-};
-
-// The signs to be read next, fetched into L2 a few lines at a time while others are looked up: all at once they overrun the miss
-// buffers and the processor drops them. An address, not a pointer: it may lie past the end.
-struct Next {
-  uintptr_t at;    // 0: nothing
-  int64_t stride;  // bytes from row to row
-
-  BITDELTA_INLINE void fetch(int64_t word) const {
-    constexpr int64_t each = (kBlockN + kBlockWords - 1) / kBlockWords;
-    if (at == 0) return;
-    for (int64_t row = word * each; row < std::min((word + 1) * each, kBlockN); ++row) BITDELTA_PREFETCH(at + static_cast<uintptr_t>(row * stride));
-  }
 };
 
 // Transposes `count` words of `outputs` rows of signs; absent outputs get zeros.
@@ -263,18 +180,24 @@ static inline void load_bits(const int32_t* signs, int64_t W, int64_t count, int
   }
 }
 
+// Tables of some rows of x, at one block of features of one plane: row r begins at `at + r * stride`.
+struct Tables {
+  const float* at;
+  int64_t stride;
+};
+
 // y[r][n] += row_scale[n] * (sum over the block) for R rows and kBlockN outputs.
 template <int64_t R>
-static inline void look_up(const Bits& bits, int64_t count, const float* const* tables, const float* row_scale, Next next, float* y, int64_t ldy) {
+static inline void look_up(const Bits& bits, int64_t count, Tables tables, const float* row_scale, Ahead* ahead, float* y, int64_t ldy) {
   constexpr int64_t B = Lanes::blocks, L = Lanes::lanes;
-  typename Lanes::Float sum[R][B], one = Lanes::ones();
+  typename Lanes::Float sum[R][B], one = Lanes::broadcast(1.0f);
 #if defined(__GNUC__) && !defined(BITDELTA_PORTABLE)
   __asm__("" : "+v"(one));  // or the compiler would turn the multiplication back into an addition
 #endif
   for (int64_t r = 0; r < R; ++r)
     for (int64_t b = 0; b < B; ++b) sum[r][b] = Lanes::zero();
   for (int64_t word = 0; word < count; ++word) {
-    next.fetch(word);
+    if (ahead != nullptr) ahead->fetch(kLinesPerWord);
     typename Lanes::Words v[B];
     for (int64_t b = 0; b < B; ++b) v[b] = Lanes::load_words(bits.at + word * kBlockN + b * L);
 #if defined(__GNUC__)
@@ -282,7 +205,7 @@ static inline void look_up(const Bits& bits, int64_t count, const float* const* 
 #endif
     for (int64_t group = 0; group < kGroups; ++group) {
       for (int64_t r = 0; r < R; ++r) {
-        const float* entries = tables[r] + word * kWordTable + group * kEntries;
+        const float* entries = tables.at + r * tables.stride + word * kWordTable + group * kEntries;
 #if defined(BITDELTA_PORTABLE)
         const float* table = entries;
 #else
@@ -301,81 +224,100 @@ static inline void look_up(const Bits& bits, int64_t count, const float* const* 
 }
 
 // All rows (at most kRows), in the widest steps that fit the registers.
-static inline void look_up_whole(const Bits& bits, int64_t count, const float* const* tables, int64_t rows, const float* row_scale, Next next, float* y,
-                                 int64_t ldy) {
+static inline void look_up_whole(const Bits& bits, int64_t count, Tables tables, int64_t rows, const float* row_scale, Ahead& ahead, float* y, int64_t ldy) {
   int64_t r = 0;
-  if constexpr (Lanes::rows >= 4) {
-    for (; r + 4 <= rows; r += 4) look_up<4>(bits, count, tables + r, row_scale, r == 0 ? next : Next{0, 0}, y + r * ldy, ldy);
-  }
-  if constexpr (Lanes::rows >= 2) {
-    for (; r + 2 <= rows; r += 2) look_up<2>(bits, count, tables + r, row_scale, r == 0 ? next : Next{0, 0}, y + r * ldy, ldy);
-  }
-  for (; r < rows; ++r) look_up<1>(bits, count, tables + r, row_scale, r == 0 ? next : Next{0, 0}, y + r * ldy, ldy);
+  const auto step = [&](auto width) {
+    for (constexpr int64_t R = decltype(width)::value; r + R <= rows; r += R)
+      look_up<R>(bits, count, Tables{tables.at + r * tables.stride, tables.stride}, row_scale, r == 0 ? &ahead : nullptr, y + r * ldy, ldy);
+  };
+  if constexpr (Lanes::rows >= 4) step(std::integral_constant<int64_t, 4>{});
+  if constexpr (Lanes::rows >= 2) step(std::integral_constant<int64_t, 2>{});
+  step(std::integral_constant<int64_t, 1>{});
 }
 
 // The same for any outputs [n, n + outputs) of one block. Where the block is not whole, in a padded copy: the same instructions, hence
 // the same results.
-static inline void look_up_rows(const Delta& d, const Bits& bits, int64_t count, const float* const* tables, int64_t rows, int64_t plane, int64_t n,
-                                int64_t outputs, Next next, float* y, int64_t ldy) {
-  const float* row_scale = d.row_scale + plane * d.N + n;
+static inline void look_up_rows(const Bits& bits, int64_t count, Tables tables, int64_t rows, const float* row_scale, int64_t outputs, Ahead& ahead, float* y,
+                                int64_t ldy) {
   if (outputs == kBlockN) {
-    look_up_whole(bits, count, tables, rows, row_scale, next, y, ldy);
+    look_up_whole(bits, count, tables, rows, row_scale, ahead, y, ldy);
     return;
   }
   float scale[kBlockN] = {};
   float copy[kRows * kBlockN] = {};
   std::copy(row_scale, row_scale + outputs, scale);
   for (int64_t r = 0; r < rows; ++r) std::copy(y + r * ldy, y + r * ldy + outputs, copy + r * kBlockN);
-  look_up_whole(bits, count, tables, rows, scale, next, copy, kBlockN);
+  look_up_whole(bits, count, tables, rows, scale, ahead, copy, kBlockN);
   for (int64_t r = 0; r < rows; ++r) std::copy(copy + r * kBlockN, copy + r * kBlockN + outputs, y + r * ldy);
 }
 
 // Tiles.
 
-// Adds one block of features, starting at `word`, of one plane to y[i, n - n0] for n in [n0, n1).
-static inline void add_block(const Delta& d, int64_t plane, int64_t word, const float* const* tables, int64_t rows, int64_t n0, int64_t n1,
-                             float* y, int64_t ldy) {
-  const int64_t W = words(d.K), count = std::min(kBlockWords, W - word);
-  const auto address = [&](int64_t n, int64_t w) { return reinterpret_cast<uintptr_t>(d.signs) + static_cast<uintptr_t>(((plane * d.N + n) * W + w) * 4); };
-  Bits bits;
-  for (int64_t n = n0; n < n1; n += kBlockN) {
-    Next next{0, W * 4};
-    const int64_t later = n + kAhead * kBlockN, wrapped = later - (n1 - n0 + kBlockN - 1) / kBlockN * kBlockN;
-    if (later < n1) next.at = address(later, word);
-    else if (word + count < W) next.at = address(std::max(n0, wrapped), word + count);
-    load_bits(d.signs + (plane * d.N + n) * W + word, W, count, std::min(kBlockN, n1 - n), bits);
-    look_up_rows(d, bits, count, tables, rows, plane, n, std::min(kBlockN, n1 - n), next, y + n - n0, ldy);
+// Tabulates `rows` rows of x for a chunk, the first signs being fetched meanwhile.  table: as in add_chunk.
+template <typename T, typename RowOf>
+static inline void tabulate_chunk(const Delta& d, const Chunk& chunk, const float* col_scale, const T* x, int64_t stride, const RowOf& row_of, int64_t rows,
+                                  Ahead& ahead, float* table) {
+  const int64_t first = chunk.word * kWordBits, stop = std::min(d.K, (chunk.word + chunk.width) * kWordBits);
+  const int64_t end = col_scale != nullptr ? chunk.end : chunk.plane + 1, all = words(stop - first) * rows * (end - chunk.plane);
+  const int64_t lines = (ahead.distance() + all - 1) / all;
+  float wide[kBlockK];
+  for (int64_t plane = chunk.plane; plane < end; ++plane) {
+    for (int64_t i = 0; i < rows; ++i) {
+      float* to = table + ((plane - chunk.plane) * rows + i) * chunk.width * kWordTable;
+      for (int64_t k = first; k < stop; k += kBlockK) {
+        const int64_t count = std::min(kBlockK, stop - k);
+        widen(x + row_of(i), stride, col_scale != nullptr ? col_scale + plane * d.K : nullptr, k, count, wide);
+        for (int64_t w = 0; w < words(count); ++w, to += kWordTable) {
+          ahead.fetch(lines);
+          tabulate(wide + w * kWordBits, to);
+        }
+      }
+    }
   }
 }
 
-static inline void clear(int64_t rows, int64_t outputs, float* y, int64_t ldy) {
-  for (int64_t r = 0; r < rows; ++r) std::fill(y + r * ldy, y + r * ldy + outputs, 0.0f);
+// Adds a chunk to y[i, n - n0] for n in [n0, n1).  table: fp32 [planes, rows, width, kWordTable]; without `per_plane` all planes
+// share the first.
+static inline void add_chunk(const Delta& d, const Chunk& chunk, const float* table, bool per_plane, int64_t rows, int64_t n0, int64_t n1, Ahead& ahead,
+                             float* y, int64_t ldy) {
+  const int64_t W = words(d.K), stride = chunk.width * kWordTable, stop = std::min(W, chunk.word + chunk.width);
+  Bits bits;
+  for (int64_t n = n0; n < n1; n += kBlockN) {
+    const int64_t outputs = d.outputs(n, n1);
+    for (int64_t word = chunk.word; word < stop; word += kBlockWords) {
+      const int64_t count = std::min(kBlockWords, stop - word);
+      for (int64_t plane = chunk.plane; plane < chunk.end; ++plane) {
+        if (d.absent(plane, n, outputs)) continue;
+        const float* const first = table + (per_plane ? (plane - chunk.plane) * rows * stride : 0) + (word - chunk.word) * kWordTable;
+        load_bits(d.signs + (plane * d.N + n) * W + word, W, count, outputs, bits);
+        look_up_rows(bits, count, Tables{first, stride}, rows, d.row_scale + plane * d.N + n, outputs, ahead, y + n - n0, ldy);
+      }
+    }
+  }
 }
 
 // y[i, n - n0] for n in [n0, n1) and `rows` rows of x of one tenant, overwritten.
 //   x: T, element k of row m at x[m * row_stride + k * stride].  index: the rows' numbers m, or null for 0, 1, ... rows - 1.
-//   col_scale: fp32 [P, K], or null.  Takes 130 KB of stack.
+//   col_scale: fp32 [P, K], or null.  Takes 140 KB of stack.
 template <typename T, typename Index = int64_t>
 static inline void delta_tile(const Delta& d, const float* col_scale, const T* x, int64_t row_stride, int64_t stride, const Index* index, int64_t rows,
                              int64_t n0, int64_t n1, float* y, int64_t ldy) {
   alignas(64) float table[kRows * kBlockWords * kWordTable];
-  float wide[kBlockK];
-  const float* part[kRows];
-  for (int64_t i = 0; i < kRows; ++i) part[i] = table + i * kBlockWords * kWordTable;
-  clear(rows, n1 - n0, y, ldy);
+  const int64_t W = words(d.K);
+  Ahead ahead(d, n0, n1);
+  for (int64_t r = 0; r < rows; ++r) std::fill(y + r * ldy, y + r * ldy + (n1 - n0), 0.0f);
   for (int64_t first = 0; first < rows; first += kRows) {
+    const auto row_of = [&](int64_t i) { return (index != nullptr ? static_cast<int64_t>(index[first + i]) : first + i) * row_stride; };
     const int64_t some = std::min(kRows, rows - first);
-    for (int64_t word = 0; word < words(d.K); word += kBlockWords) {
-      const int64_t k = word * kWordBits, count = std::min(kBlockK, d.K - k);
-      for (int64_t plane = 0; plane < d.planes; ++plane) {
-        if (plane == 0 || col_scale != nullptr) {
-          for (int64_t i = 0; i < some; ++i) {
-            const int64_t m = index != nullptr ? static_cast<int64_t>(index[first + i]) : first + i;
-            widen(x + m * row_stride, stride, col_scale != nullptr ? col_scale + plane * d.K : nullptr, k, count, wide);
-            tabulate(wide, words(count), table + i * kBlockWords * kWordTable);
-          }
-        }
-        add_block(d, plane, word, part, some, n0, n1, y + first * ldy, ldy);
+    // As many features and planes at a time as there is room to tabulate: the more, the longer the runs in which signs are read.
+    const int64_t fit = kRows / (some * (col_scale != nullptr ? std::max<int64_t>(1, d.planes) : 1));
+    const int64_t width = std::max<int64_t>(1, fit) * kBlockWords, planes = fit > 0 ? d.planes : 1;
+    for (int64_t word = 0; word < W; word += width) {
+      for (int64_t plane = 0; plane < d.planes; plane += planes) {
+        const Chunk chunk{word, width, plane, plane + planes};
+        ahead.start(chunk);
+        tabulate_chunk(d, chunk, col_scale, x, stride, row_of, some, ahead, table);
+        add_chunk(d, chunk, table, col_scale != nullptr, some, n0, n1, ahead, y + first * ldy, ldy);
       }
     }
   }

@@ -1,16 +1,18 @@
-"""`bitdelta::delta_linear` as an Inductor C++ template, the one place that subclasses Inductor's template API.
+"""The CPU kernels as Inductor C++ templates, the one place that subclasses Inductor's template API.
 
-`DeltaLinearTemplate` fills kernels/delta_linear.cpp.jinja, whose loops call the device functions of kernels/cpu_tile.h;
-both end up inside the generated C++, so an AOTInductor package needs nothing of ours.
+Each template fills a kernels/*.cpp.jinja, whose loops call the device functions of kernels/cpu_*.h; both end up inside
+the generated C++, so an AOTInductor package needs nothing of ours.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
+import torch
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
@@ -21,7 +23,7 @@ from torch._inductor.virtualized import V, ops
 from bitdelta_compile import kernels
 
 KERNELS = Path(kernels.__file__).parent
-_GUARD = "BITDELTA_CPU_TILE"
+_NOT_INLINED = re.compile(r'^#pragma once\n|^#include "cpu_\w+\.h"\n', re.MULTILINE)
 
 
 @functools.cache
@@ -30,22 +32,35 @@ def kernel_source(name: str) -> str:
     return (KERNELS / name).read_text(encoding="utf-8")
 
 
-class DeltaLinearTemplate(CppTemplate):
-    """One delta_linear over x [M, K] with M dynamic; see the template for its inputs."""
+class RowsTemplate(CppTemplate):
+    """A kernel from x [M, K] to [M, N], M dynamic, with the pointwise consumers that Inductor fuses.
 
-    def __init__(self, inputs: dict[str, Any], layout: ir.Layout, *, features: int) -> None:
+    Args:
+        inputs: name in the template -> realized node, or None where the op has none.
+        layout: of the result.
+    """
+
+    source: ClassVar[str]
+    headers: ClassVar[tuple[str, ...]]
+
+    def __init__(self, inputs: dict[str, Any], layout: ir.Layout, name: str) -> None:
         given = [node for node in inputs.values() if node is not None]
-        super().__init__("delta_linear", given, layout, num_threads=parallel_num_threads())
+        super().__init__(name, given, layout, num_threads=parallel_num_threads())
         self.inputs = inputs
-        self.features = features
+
+    def sizes(self) -> dict[str, Any]:
+        """What the template needs to know apart from the inputs."""
+        raise NotImplementedError
 
     def device_functions(self) -> str:
-        """cpu_tile.h for the instruction set that Inductor compiles for; several kernels may share a source file."""
+        """The headers for the instruction set that Inductor compiles for; several kernels may share a source file."""
         isa = str(pick_vec_isa())
         chosen = "AVX512" if isa.startswith(("avx512", "amx")) else "AVX2" if isa.startswith("avx2") else "PORTABLE"
-        files = ("cpu_tile.h", "cpu_lowrank.h")
-        header = "\n".join(kernel_source(name).replace("#pragma once\n", "") for name in files)
-        return f"#ifndef {_GUARD}\n#define {_GUARD}\n#define BITDELTA_{chosen} 1\n{header}\n#endif\n"
+        text = f"#ifndef BITDELTA_{chosen}\n#define BITDELTA_{chosen} 1\n#endif\n"
+        for name in self.headers:
+            guard = f"BITDELTA_{name.replace('.', '_').upper()}"
+            text += f"#ifndef {guard}\n#define {guard}\n{_NOT_INLINED.sub('', kernel_source(name))}\n#endif\n"
+        return text
 
     def render(  # type: ignore[override]
         self,
@@ -72,30 +87,59 @@ class DeltaLinearTemplate(CppTemplate):
             result_2d, reindexers = gen_2d_view_of_epilogue_buf(
                 result, buffer, epilogue_nodes, reindexers, default_reindexers=[None] * len(epilogue_nodes)
             )
-        signs = self.inputs["Signs"].get_size()
-        left = self.inputs["Left"]
         options = {
             "kernel": kernel,
             "template": self,
             "inputs": {name: node for name, node in self.inputs.items() if node is not None},
-            "X": self.inputs["X"],
-            "Tenant": self.inputs["Tenant"],
+            **self.inputs,
             "Y": result,
             "Y_2d": result_2d,
             "Out": source,
             "aliases": {alias: result.get_name() for alias in aliases},
             "epilogue_nodes": epilogues,
             "reindexers": reindexers,
-            "has_col_scale": self.inputs["ColScale"] is not None,
-            "K": self.features,
-            "T": int(signs[0]),
-            "P": int(signs[1]),
-            "N": int(signs[2]),
-            "rank": 0 if left is None else int(left.get_size()[2]),
             "num_threads": self.num_threads,
+            **self.sizes(),
         }
         with patch.object(V.graph, "get_dtype", self._fake_get_dtype(source)):
-            return str(self._template_from_string(kernel_source("delta_linear.cpp.jinja")).render(**options))
+            return str(self._template_from_string(kernel_source(self.source)).render(**options))
+
+
+class DeltaLinearTemplate(RowsTemplate):
+    """One bitdelta::delta_linear."""
+
+    source = "delta_linear.cpp.jinja"
+    headers = ("cpu_lanes.h", "cpu_tile.h", "cpu_lowrank.h", "cpu_groups.h")
+
+    def __init__(self, inputs: dict[str, Any], layout: ir.Layout, *, features: int) -> None:
+        super().__init__(inputs, layout, "delta_linear")
+        self.features = features
+
+    def sizes(self) -> dict[str, Any]:
+        slots, planes, outputs, _ = self.inputs["Signs"].get_size()
+        left = self.inputs["Left"]
+        return {
+            "has_col_scale": self.inputs["ColScale"] is not None,
+            "K": self.features,
+            "T": int(slots),
+            "P": int(planes),
+            "N": int(outputs),
+            "rank": 0 if left is None else int(left.get_size()[2]),
+        }
+
+
+class BaseLinearTemplate(RowsTemplate):
+    """x @ w.T for few rows: inputs X [M, K] and W [K, N], a transposed view of contiguous rows of weights."""
+
+    source = "base_linear.cpp.jinja"
+    headers = ("cpu_lanes.h", "cpu_base.h")
+
+    def __init__(self, inputs: list[Any], layout: ir.Layout) -> None:
+        super().__init__(dict(zip(("X", "W"), inputs, strict=True)), layout, "base_linear")
+
+    def sizes(self) -> dict[str, Any]:
+        features, outputs = self.inputs["W"].get_size()
+        return {"K": int(features), "N": int(outputs), "is_bf16": self.inputs["X"].get_dtype() == torch.bfloat16}
 
 
 def _copy(source: Any) -> ir.Pointwise:

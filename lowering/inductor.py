@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import torch_internals
+from . import base_linear, torch_internals
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def register_lowerings() -> None:
     register_lowering(ops.delta_embedding.default, type_promotion_kind=None)(_delta_embedding)
     make_fallback(ops.delta_linear_backward.default)
     make_fallback(ops.delta_embedding_backward.default)
+    base_linear.register()
 
 
 def _delta_linear(

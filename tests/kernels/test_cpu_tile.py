@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from bitdelta_compile.kernels import layout, reference
 from torch import Tensor
-
-from bitdelta_compile import kernels
-
-HEADER = Path(kernels.__file__).parent / "cpu_tile.h"
-COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-FLAGS: dict[str, list[str]] = {
-    "PORTABLE": [],
-    "AVX2": ["-mavx2", "-mfma"],
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
-}
-NEEDS: dict[str, set[str]] = {
-    "PORTABLE": set(),
-    "AVX2": {"avx2", "fma"},
-    "AVX512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-}
 
 WRAPPER = r"""
 #include "cpu_tile.h"
@@ -52,26 +34,10 @@ EXPORT(bfloat16, BFloat16)
 Tiles = Callable[..., Tensor]
 
 
-def _cpu_flags() -> set[str]:
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return set()
-    return next((set(line.split()) for line in info.read_text().splitlines() if line.startswith("flags")), set())
-
-
-@pytest.fixture(scope="module", params=sorted(FLAGS))
-def tiles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiles:
+@pytest.fixture(scope="module")
+def tiles(build: Callable[[str], ctypes.CDLL]) -> Tiles:
     """`tiles(x, signs, row_scale, col_scale, index, step_m, step_n)`: x[index] in tiles of that size, fp32."""
-    isa: str = request.param
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
-    if not NEEDS[isa] <= _cpu_flags():
-        pytest.skip(f"this CPU lacks {isa}")
-    folder = tmp_path_factory.mktemp(isa)
-    (folder / "wrapper.cpp").write_text(WRAPPER)
-    options = ["-std=c++17", "-O2", "-shared", "-fPIC", *FLAGS[isa], f"-DBITDELTA_{isa}=1", f"-I{HEADER.parent}"]
-    subprocess.run([COMPILER, *options, "wrapper.cpp", "-o", "tile.so"], cwd=folder, check=True, capture_output=True)
-    library = ctypes.CDLL(str(folder / "tile.so"))
+    library = build(WRAPPER)
 
     def call(
         x: Tensor, signs: Tensor, row_scale: Tensor, col_scale: Tensor | None, index: Tensor, step_m: int, step_n: int
@@ -110,6 +76,8 @@ def _case(
         ((5, 1, 65, 100), 3, 64),
         ((17, 2, 130, 513), 17, 100),
         ((33, 1, 384, 1100), 20, 256),
+        ((3, 18, 70, 600), 3, 64),
+        ((1, 1, 130, 9000), 1, 130),
     ],
 )
 def test_matches_the_reference(
@@ -146,3 +114,21 @@ def test_infinite_features_stay_infinite(tiles: Tiles) -> None:
     signed = layout.unpack_signs(signs, 40)[0, :, 5] * row_scale[0]
     found = tiles(x, signs, row_scale, None, torch.tensor([0]), 1, 20)
     assert torch.equal(found[0], signed * torch.inf)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_plane_without_scales_is_not_read(tiles: Tiles, scaled: bool) -> None:
+    x, signs, row_scale, col_scale = _case(3, 3, 300, 700, torch.float32, scaled)
+    row_scale[1] = 0
+    row_scale[2, 64:192] = 0
+    some = [0, 2]
+    index = torch.arange(3)
+    found = tiles(x, signs, row_scale, col_scale, index, 3, 128)
+    present = None if col_scale is None else col_scale[some].contiguous()
+    without = tiles(x, signs[some].contiguous(), row_scale[some].contiguous(), present, index, 3, 128)
+    assert torch.equal(found, without)
+    assert not found[:, 64:192].eq(0).any()  # the first plane is still there
+    row_scale[0, 64:192] = 0
+    x[1, 5] = torch.inf
+    absent = tiles(x, signs, row_scale, col_scale, index, 3, 128)[:, 64:192]
+    assert absent.eq(0).all()  # nothing of the signs was used: a sum over them would give inf * 0
