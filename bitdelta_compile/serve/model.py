@@ -297,7 +297,7 @@ class TenantModel(nn.Module):
                 return module(*args, **kwargs)
 
             entry.__code__ = entry.__code__.replace(co_name=f"{type(module).__name__}_with_tenants")
-            self._compiled[key] = torch.compile(entry, backend=self._graphs, fullgraph=True)
+            self._compiled.setdefault(key, torch.compile(entry, backend=self._graphs, fullgraph=True))
         return self._compiled[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
