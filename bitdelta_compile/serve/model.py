@@ -109,6 +109,8 @@ class TenantModel(nn.Module):
         super().__init__()
         self.base = base
         self.training = False
+        own = torch_internals.no_outer_capture("an attached model compiles its own graphs")
+        self.__dict__.update(forward=own(self.forward), generate=own(self.generate))
         self._serve(bank, TenantGraphs(bank, lower, options))
 
     def _serve(self, bank: Bank, graphs: TenantGraphs) -> None:
@@ -145,7 +147,6 @@ class TenantModel(nn.Module):
         """Of the base's weights."""
         return next(self.base.parameters()).dtype
 
-    @torch_internals.no_outer_capture("an attached model compiles its own graphs")
     def forward(self, *args: Any, tenants: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """Run the base with each row's own delta.
 
@@ -169,7 +170,6 @@ class TenantModel(nn.Module):
                 )
             return self._run(self.base, slots, args, kwargs)
 
-    @torch_internals.no_outer_capture("an attached model compiles its own graphs")
     def generate(
         self,
         *args: Any,
