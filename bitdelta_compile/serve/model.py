@@ -50,10 +50,14 @@ class TenantGraphs:
         graphs: how many have been compiled.
     """
 
-    def __init__(self, bank: Bank, lower: str, options: Mapping[str, Any]) -> None:
-        self.bank, self.lower, self.options = bank, lower, dict(options)
+    def __init__(self, bank: Bank, lower: str, dynamic: bool, options: Mapping[str, Any]) -> None:
+        self.bank, self.lower, self.dynamic, self.options = bank, lower, dynamic, dict(options)
         self.call = _Call()
         self.graphs = 0
+
+    def over(self, bank: Bank) -> TenantGraphs:
+        """The same for another bank, with nothing compiled yet."""
+        return TenantGraphs(bank, self.lower, self.dynamic, self.options)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         index = self.call.index
@@ -63,6 +67,9 @@ class TenantGraphs:
         compiled: Callable[..., Any] = rewritten
         if self.lower == "inductor":
             assert context.tenant is not None
+            assert context.batch is not None
+            if not self.dynamic:
+                int(context.batch.size)  # a guard: rows are told apart by now, and the size may become a constant
             added = map(torch_internals.static_example, context.added)
             examples = [*example_inputs, context.tenant.meta["example_value"], *added]
             compiled = compile_graph(rewritten, examples, self.options)
@@ -105,16 +112,16 @@ class TenantModel(nn.Module):
 
     base: nn.Module
 
-    def __init__(self, base: nn.Module, bank: Bank, lower: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, base: nn.Module, graphs: TenantGraphs) -> None:
         super().__init__()
         self.base = base
         self.training = False
         own = torch_internals.no_outer_capture("an attached model compiles its own graphs")
         self.__dict__.update(forward=own(self.forward), generate=own(self.generate))
-        self._serve(bank, TenantGraphs(bank, lower, options))
+        self._serve(graphs)
 
-    def _serve(self, bank: Bank, graphs: TenantGraphs) -> None:
-        self._bank, self._graphs = bank, graphs
+    def _serve(self, graphs: TenantGraphs) -> None:
+        self._bank, self._graphs = graphs.bank, graphs
         self._compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
 
     @property
@@ -254,8 +261,7 @@ class TenantModel(nn.Module):
         Raises:
             UnsupportedError: fewer slots than now, or calls under way.
         """
-        bank = self._bank.grown(slots, reserve, [_delta(delta) for delta in fit])
-        self._serve(bank, TenantGraphs(bank, self._graphs.lower, self._graphs.options))
+        self._serve(self._graphs.over(self._bank.grown(slots, reserve, [_delta(delta) for delta in fit])))
 
     def _run(self, module: nn.Module, slots: Sequence[int], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """`module`, the base or a part of it; inputs may repeat every row equally often (beams)."""
@@ -271,7 +277,7 @@ class TenantModel(nn.Module):
         before, call.index = call.index, index
         try:
             with torch.no_grad():
-                return self._entry(module, tensors)(*args, **kwargs)
+                return self._entry(module, tensors, rows)(*args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, BitDeltaError):
                 raise error.inner_exception from None
@@ -284,13 +290,14 @@ class TenantModel(nn.Module):
         finally:
             call.index = before
 
-    def _entry(self, module: nn.Module, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    def _entry(self, module: nn.Module, tensors: Sequence[Tensor], rows: int) -> Callable[..., Any]:
         """The compiled module for inputs of this kind.
 
         Each kind is a code object of its own to Dynamo, which allows so many graphs for one: prefill, decode and
         batches of one row do not use up each other's.
         """
-        key = (module, len(tensors), *(size == 1 for size in tensors[0].shape))
+        batch = min(rows, 2) if self._graphs.dynamic else rows
+        key = (module, batch, len(tensors), *(size == 1 for size in tensors[0].shape[1:]))
         if key not in self._compiled:
 
             def entry(*args: Any, **kwargs: Any) -> Any:
@@ -331,6 +338,7 @@ def attach(
     *,
     slots: int | None = None,
     reserve: Reserve | Mapping[str, Reserve] | None = None,
+    dynamic: bool = True,
     lower: str = "inductor",
     options: Mapping[str, Any] | None = None,
 ) -> TenantModel:
@@ -342,6 +350,8 @@ def attach(
         slots: how many tenants the model can hold; default 16, or one more than there are.
         reserve: what a slot can hold beyond one sign plane for every matrix, a tensor of its own for every small
             parameter, and what the first tenants need: a `Reserve` for every matrix, or by parameter name.
+        dynamic: one graph for all batches of two rows and more. False: one for every batch size, with kernels for
+            exactly that many rows; on a CPU decoding up to 32 rows is faster so.
         lower: "inductor", or "eager" to run the rewritten graphs as they are.
         options: Inductor's.
 
@@ -358,7 +368,8 @@ def attach(
         raise UnsupportedError("the base is in training mode: call base.eval() before attaching")
     deltas = {name: _delta(delta) for name, delta in tenants.items()}
     room = slots if slots is not None else max(DEFAULT_SLOTS, len(deltas) + 1)
-    return TenantModel(base, Bank(Base(base), deltas, room, reserve), lower, options or {})
+    bank = Bank(Base(base), deltas, room, reserve)
+    return TenantModel(base, TenantGraphs(bank, lower, dynamic, options or {}))
 
 
 def _delta(delta: Delta | str | Path) -> Delta:

@@ -153,6 +153,14 @@ def test_tenants_come_and_go_while_it_runs(base: Net) -> None:
     assert counters["inductor"] == compiled
 
 
+def test_a_graph_for_every_batch_size(base: Net) -> None:
+    known = deltas(base, "ab")
+    model = bdc.attach(base, known, slots=2, dynamic=False)
+    for rows in (["a", None, "b"], ["b", "a", None], ["a", "b"], [None, "b", "a"]):
+        check_rows(model, base, known, rows)
+    assert model._graphs.graphs == 2
+
+
 def test_threads_do_not_meet(model: TenantModel) -> None:
     x = ids(6)
     rows: list[list[str | None]] = [["a"] * 6, ["b"] * 6, [None] * 6, ["a", "b"] * 3]
