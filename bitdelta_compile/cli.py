@@ -11,7 +11,7 @@ import enum
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -221,6 +221,71 @@ def import_bitdelta(
 
 
 @app.command()
+def export(
+    base: BaseArgument,
+    tenants: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]DELTA...", help="Delta files; a tenant is named after its file.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.pt2", help="The package to write.")],
+    max_batch: Annotated[int, typer.Option(min=2, help="Most rows of a call.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of a row.")] = 512,
+    slots: Annotated[int | None, typer.Option(min=1, help="Room for tenants; as many as there are by default.")] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile BASE and its tenants into one file that runs with torch alone, a tenant per row."""
+    from .package import read_metadata
+    from .textmodel import export_checkpoint
+
+    _refuse_existing(output, force)
+    deltas = {name: _load(file) for name, file in _named(tenants).items()}
+    _quiet_transformers()
+    start = time.perf_counter()
+    with _progress() as report:
+        export_checkpoint(
+            base, deltas, output, max_batch=max_batch, max_tokens=max_tokens, slots=slots, progress=report
+        )
+    seconds = time.perf_counter() - start
+    found = {"file": str(output), "file_bytes": output.stat().st_size, "metadata": read_metadata(output)}
+    if as_json:
+        _print_json(found | {"seconds": round(seconds, 3)})
+    else:
+        _out(f"wrote {output}: {render.size(output.stat().st_size)}, tenants {', '.join(deltas)}; {seconds:.1f} s")
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE.pt2", help="A package of `bitdelta export`.")],
+    text: Annotated[list[str] | None, typer.Option("--text", help="A row of the batch; give it once per row.")] = None,
+    ids: Annotated[list[str] | None, typer.Option("--ids", help="A row as token ids: 101,2023,102.")] = None,
+    tenant: Annotated[
+        list[str] | None, typer.Option("--tenant", help="Of each row in turn, or one for all; none is the base.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Where the tokenizer is, if the base has moved.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run texts through a package, each with its tenant: next tokens of a language model, embeddings of an encoder."""
+    from .packaged import load_package
+    from .textmodel import read_ids, run_rows, shown, tokenizer_of
+
+    if bool(text) == bool(ids):
+        raise UnsupportedError("give the rows either as --text or as --ids")
+    model = load_package(file)
+    _quiet_transformers()
+    tokenizer: Any = tokenizer_of(model, base) if text else None
+    rows = [tokenizer(each)["input_ids"] for each in text or ()] + [read_ids(each) for each in ids or ()]
+    names: list[str | None] = [*tenant] if tenant else [None]
+    if len(names) == 1:
+        names *= len(rows)
+    found = run_rows(model, rows, names, tokenizer)
+    if as_json:
+        _print_json({"file": str(file), "rows": found})
+    else:
+        for row in found:
+            _out(shown(row))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for delta files, results and the plot.")] = Path("demo-output"),
     cache: Annotated[Path | None, typer.Option(help="Folder for the downloads.")] = None,
@@ -302,6 +367,19 @@ def _load(file: Path) -> Delta:
     from .delta import Delta
 
     return Delta.load(file)
+
+
+def _named(tenants: Sequence[str]) -> dict[str, Path]:
+    """Tenant -> file, from `name=file` or `file`."""
+    found: dict[str, Path] = {}
+    for each in tenants:
+        name, equals, file = each.rpartition("=")
+        path = Path(file)
+        name = name if equals else path.name.removesuffix(".safetensors").removesuffix(".bitdelta")
+        if not name or name in found:
+            raise UnsupportedError(f"{each} gives the tenant name {name!r} {'twice' if name else ''}: use NAME={path}")
+        found[name] = path
+    return found
 
 
 def _show_written(delta: Delta, output: Path, seconds: float, as_json: bool) -> None:

@@ -162,6 +162,45 @@ def test_import_bitdelta(llama_pair, tmp_path: Path) -> None:  # type: ignore[no
     torch.testing.assert_close(changed, torch.full((96, 64), -0.5))
 
 
+def test_export_and_run(delta_file: Path, bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "tenants.pt2"
+    export = ["export", bert_pair.base, delta_file, f"again={delta_file}", "-o", file, "--max-batch", 8]
+    found = json.loads(succeed(*export, "--max-tokens", 16, "--json"))
+    assert json.loads(found["metadata"]["bitdelta.tenants"]) == ["tuned", "again"]
+    assert "--force" in refuse(*export)
+
+    texts = ["the language of python", "a value"]
+    rows = [argument for text in texts for argument in ("--text", text)]
+    ran = json.loads(succeed("run", file, *rows, "--tenant", "tuned", "--tenant", "again", "--json"))["rows"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert_pair.base)
+    base = transformers.AutoModel.from_pretrained(bert_pair.base).eval()
+    tuned = transformers.AutoModel.from_pretrained(bert_pair.base).eval()
+    tuned.load_state_dict(dict(Delta.load(delta_file).materialize(bert_pair.base)), strict=False)
+    for text, row in zip(texts, ran, strict=True):
+        with torch.no_grad():
+            expected, plain = (
+                model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for model in (tuned, base)
+            )
+        assert (torch.tensor(row["embedding"]) - expected).norm() < 1e-3 * (expected - plain).norm()
+    ids = ",".join(map(str, tokenizer(texts[0])["input_ids"]))
+    assert "tuned: embedding" in succeed("run", file, "--ids", ids, "--tenant", "tuned")
+    assert "base: embedding" in succeed("run", file, "--text", texts[0])
+
+    assert "no tenant 'x'" in refuse("run", file, "--ids", ids, "--tenant", "x")
+    assert "2 tenants for 1 rows" in refuse("run", file, "--ids", ids, "--tenant", "tuned", "--tenant", "again")
+    assert "--text or as --ids" in refuse("run", file)
+    assert "not a list of token ids" in refuse("run", file, "--ids", "one,two")
+    assert "17 tokens: the package takes 1 to 16" in refuse("run", file, "--ids", ",".join(["1"] * 17))
+    assert "no tokenizer" in refuse("run", file, "--text", "the", "--base", tmp_path)
+
+
+def test_export_names_every_tenant_once(delta_file: Path, bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for tenants in ([delta_file, delta_file], [f"a={delta_file}", f"a={delta_file}"], [f"={delta_file}"]):
+        assert "NAME=" in refuse("export", bert_pair.base, *tenants, "-o", tmp_path / "x.pt2")
+    assert "base" in refuse("export", bert_pair.stranger, delta_file, "-o", tmp_path / "x.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_file_is_one_sentence(bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     missing = tmp_path / "missing"
     for command in (
@@ -170,6 +209,8 @@ def test_a_missing_file_is_one_sentence(bert_pair, tmp_path: Path) -> None:  # t
         ["materialize", bert_pair.base, missing, "-o", tmp_path / "out"],
         ["import-bitdelta", missing, bert_pair.base, "-o", tmp_path / "out"],
         ["compress", missing, bert_pair.tuned, "-o", tmp_path / "out"],
+        ["export", bert_pair.base, missing, "-o", tmp_path / "out.pt2"],
+        ["run", missing, "--ids", "1"],
     ):
         assert "missing" in refuse(*command)
     assert not list(tmp_path.iterdir())
