@@ -3,9 +3,29 @@
 from .compress import compress
 from .delta import Delta
 from .explain import explain
+from .export import export
+from .merge import merge
+from .package import package
+from .packaged import Package, load_package
+from .program import load_program, save_program
 from .serve.model import TenantModel, attach
 from .serve.reserve import Reserve
 
 load = Delta.load
 
-__all__ = ["Delta", "Reserve", "TenantModel", "attach", "compress", "explain", "load"]
+__all__ = [
+    "Delta",
+    "Package",
+    "Reserve",
+    "TenantModel",
+    "attach",
+    "compress",
+    "explain",
+    "export",
+    "load",
+    "load_package",
+    "load_program",
+    "merge",
+    "package",
+    "save_program",
+]

@@ -95,11 +95,6 @@ class DeltaSource:
         base_name = self._base_names[name]
         shape = self._fingerprint.shape(base_name)
         grown = isinstance(encoding, Rows) and encoding.shape != shape
-        if grown and tuple(tensor.shape) == shape:
-            raise UnsupportedError(
-                f"{name} grew from {list(shape)} to {list(encoding.shape)} in the fine-tune: resize the base before "
-                f"compiling, for instance with base.resize_token_embeddings({encoding.shape[0]})"
-            )
         comparable = tensor[tuple(slice(0, size) for size in shape)] if grown else tensor
         difference = self._fingerprint.difference(base_name, comparable)
         if difference is not None and alias != name:

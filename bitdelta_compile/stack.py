@@ -25,7 +25,7 @@ class Stack:
         rows_index, rows_values: int64 [T, C] ascending, unused places hold `out_features`; [T, C, K].
         vocabulary: int64 [T + 1], rows of each slot's matrix, the base's last; None where none has grown.
         out_features: rows of the largest matrix.
-        dense, place: [D, *shape] and int64 [T], a slot's entry in dense or -1: for matrices that few tenants store so.
+        dense, place: [D, N, K] and int64 [T], a slot's entry in dense or -1: for matrices that few tenants store so.
         small: [T + 1, *shape], the base's own last: for parameters that every slot stores so.
     """
 
@@ -57,6 +57,15 @@ class Stack:
         if not isinstance(encoding, Rows):
             return cls(shape, dtype, isinstance(encoding, Sign) and encoding.transposed, **packed)
         rows = shape[1 if encoding.transposed else 0]
+        if isinstance(sign, Sign) and sign.out_features < rows:  # the base was resized: its new rows have no signs
+            missing = rows - sign.out_features
+            for field, after in (
+                ("signs", (0, 0, 0, missing)),
+                ("row_scale", (0, missing)),
+                ("left", (0, 0, 0, missing)),
+            ):
+                if field in packed:
+                    packed[field] = torch.nn.functional.pad(packed[field], after)
         grown = encoding.out_features > rows
         return cls(
             shape,

@@ -839,3 +839,31 @@ def test_products_with_a_vector_one_after_the_other() -> None:
         found = compiled(v)
         dense = materialized(base, tuned, encodings_of(base))
         assert error(found, dense(v), base(v)) < 1e-3
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_a_vocabulary_that_grew(resized: bool) -> None:
+    """The table and the head have three rows more in the fine-tune; the base may have been resized for it or not."""
+    config = transformers.LlamaConfig(
+        vocab_size=90, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(config).eval()
+    tuned = copy.deepcopy(base)
+    tuned.resize_token_embeddings(93, mean_resizing=False)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.004)
+    delta = bdc.compress(base, tuned, method="mean_abs")
+    dense = copy.deepcopy(tuned)
+    parameters = dict(dense.named_parameters())
+    with torch.no_grad():
+        for name, value in delta.materialize(base, dtype=torch.float32):
+            parameters[name].copy_(value)
+    if resized:
+        base.resize_token_embeddings(93, mean_resizing=False)
+    ids = torch.tensor([[1, 5, 91, 92, 7]])
+    compiled = torch.compile(base, backend="bitdelta", options={"delta": delta, "lower": "eager"})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-5)

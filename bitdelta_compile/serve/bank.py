@@ -78,7 +78,8 @@ class Base:
                     f"base before attaching, giving {source} a copy of its own"
                 )
         for name, encoding in delta.encodings.items():
-            if name not in paired and not any(alias in paired for alias, of in delta.tied.items() if of == name):
+            met = name in paired or any(alias in paired for alias, of in delta.tied.items() if of == name)
+            if not met and not isinstance(encoding, Same):  # a buffer, or a parameter that nobody changed
                 raise UnsupportedError(
                     f"tenant {tenant} has {name}, which the base does not: attach the model that has it "
                     "(the same class as the fine-tune)"
@@ -328,6 +329,12 @@ class Bank:
                 self.base, more
             )
             bank.stacks = _stacks(self.base, bank.reserve, wider, transposed)
+            for name, stack in self.stacks.items():
+                if (stack.small is None) != (bank.stacks[name].small is None):
+                    raise UnsupportedError(
+                        f"{name} has room for planes in every slot, which grow cannot turn into tensors of its own: "
+                        "attach anew with that reserve"
+                    )
             for slot in self._slot.values():
                 for name, stack in bank.stacks.items():
                     dense = None if stack.place is None else int(stack.place.max()) + 1
