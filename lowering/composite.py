@@ -173,7 +173,8 @@ def dense_embedding(y: Tensor, ids: Tensor, dense: Tensor, place: Tensor, tenant
         y: [*, K].  ids: int [*], each in [0, V).  dense: [D, V, K].  place: int64 [T], an entry of dense or -1.
     """
     at = _placed(place, tenant, y.device)
-    flat = ids.reshape(at.shape[0], -1) + at.clamp(min=0).unsqueeze(1) * dense.shape[1]
+    flat = ids.reshape(at.shape[0], -1) + at.unsqueeze(1) * dense.shape[1]
+    flat = torch.where((at >= 0).unsqueeze(1), flat, 0)  # other rows' ids may lie past a table that has not grown
     stored = torch.nn.functional.embedding(flat, dense.reshape(-1, dense.shape[-1])).to(y.dtype)
     return torch.where((at >= 0).reshape(-1, 1, 1), stored, _parts(y, at)).reshape(y.shape)
 

@@ -1,8 +1,8 @@
 """Where the rows of the batch are in every value of a graph.
 
-The row index says which tenant each row of the batch belongs to, so a pass that gives rows different weights has to know
-which part of an operand is which row. The batch size is a symbol in the graph's shapes; where it stands in the shape of
-a value is where its rows are, as long as no operation has shuffled them.
+The row index says which tenant each row of the batch belongs to, so a pass that gives rows different weights has to
+know which part of an operand is which row. The batch size is a symbol in the graph, and where it stands in the
+shape of a value is where its rows are, as long as no operation has shuffled them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,22 @@ class Lost:
 Place = RowsAt | Lost | None  # None: the value is the same for every row
 
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "unsafe_view", "view_as", "reshape_as")
-_REORDERS = {"flip": (), "roll": (), "sort": (-1,), "argsort": (-1,), "topk": (-1,), "index_select": (), "gather": ()}
+# Calls that read only the shape or dtype of their other operands.
+_READ_ONE = (*_RESHAPES, "to", "type_as", "expand_as")
+# Calls that may reorder dimensions: where the arguments name them, and the default.
+_REORDERS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "flip": (1, ()),
+    "flipud": (1, (0,)),
+    "fliplr": (1, (1,)),
+    "roll": (2, ()),
+    "rot90": (2, (0, 1)),
+    "sort": (1, (-1,)),
+    "argsort": (1, (-1,)),
+    "msort": (1, (0,)),
+    "topk": (2, (-1,)),
+    "index_select": (1, ()),
+    "gather": (1, ()),
+}
 
 
 def places(graph: fx.Graph, batch: Batch) -> dict[fx.Node, Place]:
@@ -81,39 +96,35 @@ def places(graph: fx.Graph, batch: Batch) -> dict[fx.Node, Place]:
 
 
 def _place(node: fx.Node, found: Mapping[fx.Node, Place], batch: Batch) -> Place:
-    operands = [(operand, found[operand]) for operand in node.all_input_nodes if _is_tensor_like(operand)]
+    value, source = value_of(node), node
+    if not _has_rows(value):
+        return None
+    while base_name(source) == "getitem" and isinstance(value_of(_first(source)), list | tuple):
+        source = _first(source)  # one of several results: where the rows are in it depends on the call that gives them
+    here = Lost(base_name(source), source.name)
+    operands = [(operand, found[operand]) for operand in _read(source) if _has_rows(value_of(operand))]
     known = [(operand, place) for operand, place in operands if isinstance(place, RowsAt)]
-    lost = [place for _, place in operands if isinstance(place, Lost)]
-    here = Lost(base_name(node), node.name)
-    value = value_of(node)
-    if not isinstance(value, Tensor):  # several results: the place of each is found where it is picked
-        return known[0][1] if known else (lost[0] if lost else None)
-    carriers = [dim for dim, size in enumerate(value.shape) if _expression(size).free_symbols & batch.symbols]
-    if not carriers:
-        return here if known or lost else None
-    if len(carriers) > 1:
-        return here
-    dim = carriers[0]
-    multiple = _multiple(value.shape[dim], batch)
+    lost = [(operand, place) for operand, place in operands if isinstance(place, Lost)]
+    carriers = _carriers(value, batch)
+    if not carriers and not known and not lost:
+        return None
+    multiple = _multiple(value.shape[carriers[0]], batch) if len(carriers) == 1 else None
     if multiple is None:
         return here
+    shuffled = next((place for operand, place in lost if not known or _carriers(value_of(operand), batch)), None)
+    if shuffled is not None:
+        return shuffled
+    place = RowsAt(carriers[0], merged=multiple != 1)
     if not known:
-        return lost[0] if lost else RowsAt(dim, multiple != 1)
-    if base_name(node) in _RESHAPES:
-        operand, place = known[0]
-        same = _before(value_of(operand).shape, place.dim) == _before(value.shape, dim)
-        return RowsAt(dim, multiple != 1) if same else here
-    if any(_reorders(node, operand, place) for operand, place in known):
+        return place
+    if base_name(source) in _RESHAPES:
+        operand, before = known[0]
+        same = _before(value_of(operand).shape, before.dim) == _before(value.shape, place.dim)
+        return place if same else here
+    if any(_reorders(source, operand, before, batch) for operand, before in known):
         return here
-    if multiple == 1:
-        return RowsAt(dim)
-    spread = base_name(node) == "repeat_interleave"
-    kept = any(
-        _multiple(value_of(operand).shape[place.dim], batch) == multiple
-        for operand, place in known
-        if _has_dim(operand, place)
-    )
-    return RowsAt(dim, merged=True) if spread or kept else here
+    keeps = any(_multiple_at(operand, before.dim, batch) == multiple for operand, before in known)
+    return place if keeps or any(_repeats(source, before) for _, before in known) else here
 
 
 def value_of(node: fx.Node) -> Any:
@@ -121,49 +132,97 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
-def _is_tensor_like(node: fx.Node) -> bool:
-    return not isinstance(value_of(node), int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
+def _first(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
 
 
-def _has_dim(operand: fx.Node, place: RowsAt) -> bool:
-    value = value_of(operand)
-    return isinstance(value, Tensor) and place.dim < value.dim()
-
-
-def _reorders(node: fx.Node, operand: fx.Node, place: RowsAt) -> bool:
-    """Whether the call may put the rows of its operand into another order."""
+def _read(node: fx.Node) -> list[fx.Node]:
+    """Operands whose values the result depends on."""
     name = base_name(node)
-    if name in _REORDERS and node.args and node.args[0] is operand:
-        return place.dim in _dims(node, value_of(operand).dim(), _REORDERS[name])
-    if name in ("getitem", "index") and node.args and node.args[0] is operand and _has_dim(operand, place):
-        return any(
-            dim == place.dim and not _counts(index) for dim, index in _indexed(node.args[1], value_of(operand).dim())
-        )
+    if name.startswith("new_"):
+        return []
+    first = _first(node)
+    return [first] if name in _READ_ONE and isinstance(first, fx.Node) else node.all_input_nodes
+
+
+def _has_rows(value: Any) -> bool:
+    """Whether a value can: it is a tensor, several of them, or not known."""
+    if isinstance(value, list | tuple):
+        return any(_has_rows(each) for each in value)
+    return value is None or isinstance(value, Tensor)
+
+
+def _carriers(value: Any, batch: Batch) -> list[int]:
+    """Dimensions whose size depends on the batch's."""
+    if not isinstance(value, Tensor):
+        return []
+    return [dim for dim, size in enumerate(value.shape) if _expression(size).free_symbols & batch.symbols]
+
+
+def _multiple_at(operand: fx.Node, dim: int, batch: Batch) -> sympy.Expr | None:
+    value = value_of(operand)
+    return _multiple(value.shape[dim], batch) if isinstance(value, Tensor) and dim < value.dim() else None
+
+
+def _reorders(node: fx.Node, operand: fx.Node, place: RowsAt, batch: Batch) -> bool:
+    """Whether the call may put the rows of its operand into another order."""
+    name, value = base_name(node), value_of(operand)
+    if _first(node) is not operand or not isinstance(value, Tensor):
+        return False
+    if name in _REORDERS:
+        return place.dim in _dims(node, value.dim(), *_REORDERS[name])
+    if name in ("getitem", "index"):
+        rows = _multiple_at(operand, place.dim, batch)
+        indices = _indexed(node.args[1], value.dim())
+        return any(dim == place.dim and not _counts(index, rows, batch) for dim, index in indices)
+    if name == "repeat_interleave":
+        repeats, dim = _repeated(node)
+        counted = not isinstance(repeats, fx.Node) or not isinstance(value_of(repeats), Tensor)
+        return not counted and (dim is None or dim % value.dim() == place.dim)
     return False
 
 
-def _counts(index: fx.Node) -> bool:
-    """Whether an index is 0, 1, 2, ...: an arange, or one seen in another shape."""
-    while base_name(index) in (*_RESHAPES, "getitem", "to", "to_copy", "expand") and index.all_input_nodes:
-        index = index.all_input_nodes[0]
-    return base_name(index) == "arange"
+def _repeated(node: fx.Node) -> tuple[Any, int | None]:
+    """The repeats and the dimension of a repeat_interleave."""
+    named: dict[str, Any] = dict(zip(("repeats", "dim"), node.args[1:], strict=False)) | dict(node.kwargs)
+    return named.get("repeats"), named.get("dim")
 
 
-def _dims(node: fx.Node, rank: int, default: tuple[int, ...]) -> list[int]:
+def _repeats(node: fx.Node, place: RowsAt) -> bool:
+    """Whether the call gives every row several times, all copies of a row side by side."""
+    return base_name(node) == "repeat_interleave" and (_repeated(node)[1] is not None or place.dim == 0)
+
+
+def _counts(index: fx.Node, rows: sympy.Expr | None, batch: Batch) -> bool:
+    """Whether an index is 0, 1, 2, ... up to the last of `rows` batches: an arange, or one seen in another shape."""
+    while base_name(index) != "arange":
+        seen = base_name(index) in (*_RESHAPES, "to", "to_copy", "expand")
+        if base_name(index) == "getitem":
+            seen = all(part in (None, Ellipsis, slice(None)) for part in _parts(index.args[1]))
+        if not seen or not isinstance(_first(index), fx.Node):
+            return False
+        index = _first(index)
+    bounds = index.args if len(index.args) > 1 else (index.kwargs.get("start", 0),)
+    step = index.args[2] if len(index.args) > 2 else index.kwargs.get("step", 1)
+    return bool(bounds[0] == 0 and step == 1) and bool(_multiple_at(index, 0, batch) == rows)
+
+
+def _dims(node: fx.Node, rank: int, position: int, default: tuple[int, ...]) -> list[int]:
     """Dimensions that the call names; all of them where it names none and has no default."""
-    position = 2 if base_name(node) in ("roll", "topk") else 1
-    given: Any = node.args[position] if len(node.args) > position else None
+    given: Any = node.args[position:] if base_name(node) == "flip" else node.args[position : position + 1]
     for key in ("dim", "dims"):
         given = node.kwargs.get(key, given)
-    if isinstance(given, int):
-        given = [given]
-    dims = given if isinstance(given, list | tuple) and given else default or range(rank)
-    return [dim % rank for dim in dims if isinstance(dim, int)]
+    named = [dim for each in _parts(given) for dim in _parts(each) if isinstance(dim, int)]
+    return [dim % rank for dim in named or default or range(rank)]
+
+
+def _parts(given: Any) -> Sequence[Any]:
+    return given if isinstance(given, list | tuple) else [given]
 
 
 def _indexed(index: Any, rank: int) -> Iterator[tuple[int, fx.Node]]:
     """Tensors in an index, each with the dimension that it indexes."""
-    parts: Sequence[Any] = index if isinstance(index, list | tuple) else [index]
+    parts = _parts(index)
     taken = sum(part is not None and part is not Ellipsis for part in parts)
     dim = 0
     for part in parts:

@@ -174,4 +174,10 @@ def base_name(node: fx.Node) -> str:
     return op_name(node).rsplit(".", 1)[-1].strip("_").removeprefix("i" if op_name(node) in _IN_PLACE else "")
 
 
+def is_in_place(node: fx.Node) -> bool:
+    """Whether the call writes to its first operand."""
+    name = op_name(node)
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow")

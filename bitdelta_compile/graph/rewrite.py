@@ -3,8 +3,8 @@
     y = linear(x, W_tuned, b)   becomes   y = linear(x, W_base, b) + bitdelta::delta_linear(x, signs, row_scale, ...)
 
 `rewrite` copies the graph and runs `PASSES` over the copy, in order. A pass takes the context, changes the copy, and
-touches only the parameters whose encoding it knows. Parameters that are the same on both sides keep their nodes. For one
-fine-tune, those stored outright (`dense`) keep them too and merely get another tensor as input; for many, each row
+touches only the parameters whose encoding it knows. Parameters that are the same on both sides keep their nodes. For
+one fine-tune, those stored outright (`dense`) keep them too and merely get another tensor as input; for many, each row
 selects its own (`spread.py`).
 """
 
@@ -27,7 +27,7 @@ from ..stack import Stack
 from .batch import Batch, Lost, Place, RowsAt, value_of
 from .context import Context, Insertion, NoRowForm, Parameter
 from .patterns import LinearUse, View, base_name, bias_of, drop_bias, embedding_ids, linear_use, op_name, uses_of
-from .spread import KEEP_OUTPUTS, select_small, spread_rows
+from .spread import KEEP_OUTPUTS, refuse_max_norm, select_small, spread_rows
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def rewrite(
 
 
 def substitute_base(context: Context) -> None:
-    """Give every parameter its base tensor; for one fine-tune, what is stored outright gets the tuned tensor instead."""
+    """Give every parameter its base tensor; for one fine-tune, what is stored outright gets the tuned tensor."""
     for node, parameter in context.parameters.items():
         encoding = parameter.encoding
         if isinstance(encoding, Same | Sign | Rows | Stack):
@@ -132,6 +132,9 @@ def split_linear(context: Context) -> None:
         if late_bias is not None:
             total = insert.call(operator.add, total, _padded(context, insert, late_bias, stack, node))
         rows.take_over(total, same_shape=not grown)
+        for key in ("example_value", "val") if grown else ():
+            if isinstance(value := node.meta.get(key), torch.Tensor):
+                total.meta[key] = value.new_empty((*value.shape[:-1], stack.out_features))
         if grown and context.tenant is not None:
             _mask_logits(context, parameter, stack, total)
         context.record(parameter, node, _describe(stack, "linear"))
@@ -143,7 +146,7 @@ def split_embedding(context: Context) -> None:
         ids = embedding_ids(node, view)
         if ids is None or stack.transposed:
             continue
-        _refuse_max_norm(node, parameter)
+        refuse_max_norm(node, parameter)
         insert = Insertion(context, node)
         rows = _RowsFirst(context, insert, parameter, context.places.get(ids))
         total, here, lookup = node, ids, ids
@@ -311,7 +314,11 @@ def _mask_logits(context: Context, parameter: Parameter, stack: Stack, head: fx.
                 masked = insert.call(_bitdelta.mask_vocabulary.default, node, vocabulary, context.tenant)
                 context.places[masked] = RowsAt(0)
                 user.replace_input_with(node, masked)
-            elif user not in seen and base_name(user) in KEEP_OUTPUTS:
+            elif base_name(user) not in KEEP_OUTPUTS:
+                if isinstance(value_of(user), torch.Tensor) and user is not head:
+                    why = "it would see logits of tokens that a row's tenant does not have"
+                    raise NoRowForm(parameter, user, why)
+            elif user not in seen:
                 seen.add(user)
                 pending.append(user)
 
@@ -328,12 +335,3 @@ def _describe(stack: Stack, kind: str) -> str:
     if stack.dense is not None:
         parts.append(f"{stack.dense.shape[0]} dense tensors")
     return " + ".join(parts)
-
-
-def _refuse_max_norm(node: fx.Node, parameter: Parameter) -> None:
-    named = dict(zip(("input", "weight", "padding_idx", "max_norm"), node.args, strict=False)) | dict(node.kwargs)
-    if node.target is torch.nn.functional.embedding and named.get("max_norm") is not None:
-        raise UnsupportedError(
-            f"{parameter.name} is looked up with max_norm, which rewrites the table in place: "
-            "remove max_norm before compiling"
-        )

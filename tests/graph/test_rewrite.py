@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from bitdelta_compile.encodings import Dense, Encoding, Rows, Same, Sign
 from bitdelta_compile.errors import UnsupportedError
 from bitdelta_compile.graph.bind import exported_parameter_inputs
-from bitdelta_compile.graph.context import Context, Parameter
+from bitdelta_compile.graph.context import Context, NoRowForm, Parameter
 from bitdelta_compile.graph.rewrite import rewrite
 
 N, K, V = 6, 37, 11
@@ -506,3 +506,126 @@ def test_graph_from_make_fx() -> None:
     with torch.no_grad():
         found = gm(ids, *(context.values[n.name] for n in nodes[1:]), *context.added)
         torch.testing.assert_close(found, tuned(ids), rtol=1e-4, atol=1e-4)
+
+
+# Many tenants: every row with the delta of its own slot.
+
+ROWS, PLACES, BIG = 4, 5, 64  # a matrix of BIG by BIG is packed
+
+
+class Packed(nn.Module):
+    """`call(x, w)` with a packed parameter w."""
+
+    def __init__(self, call: Callable[..., Any], *shape: int) -> None:
+        super().__init__()
+        self.call, self.w = call, nn.Parameter(rand(*shape))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(x, self.w)
+
+
+def packed(call: Callable[..., Any], rows: int = BIG, *, transposed: bool = False) -> tuple[nn.Module, list[Any]]:
+    """A module, and encodings of two slots: planes in one; planes, columns and a rank in the other."""
+    module = Packed(call, *((BIG, rows) if transposed else (rows, BIG)))
+    kinds = ({"planes": 1, "cols": False}, {"planes": 2, "rank": 3})
+    return module, [{"w": sign(rows, BIG, transposed=transposed, **kind)} for kind in kinds]  # type: ignore[arg-type]
+
+
+def positions(x: Tensor) -> Tensor:
+    return torch.arange(PLACES, device=x.device)
+
+
+MANY: dict[str, tuple[Callable[..., Any], bool]] = {
+    "linear": (lambda x, w: F.linear(x, w), False),
+    "linear of merged rows": (lambda x, w: F.linear(x.view(-1, BIG), w).view(-1, PLACES, BIG), False),
+    "linear of a part": (lambda x, w: F.linear(x[:, -1], w), False),
+    "x @ w": (lambda x, w: x @ w, True),
+    "addmm": (lambda x, w: torch.addmm(torch.ones(BIG), x.view(-1, BIG), w).view(-1, PLACES, BIG), True),
+    "w @ x": (lambda x, w: w @ x.transpose(1, 2), False),
+    "w @ rows": (lambda x, w: (w @ x[:, 0].T).T, False),
+    "lookup": (lambda x, w: F.embedding((x[..., 0].abs() * 9).long(), w), False),
+    "lookup of merged rows": (
+        lambda x, w: F.embedding((x[..., 0].abs() * 9).long().view(-1), w).view(-1, PLACES, BIG), False
+    ),
+    "lookup of positions": (lambda x, w: x + F.embedding(positions(x), w), False),
+    "lookup of positions, one row": (lambda x, w: x + F.embedding(positions(x)[None], w), False),
+    "linear of positions": (lambda x, w: x + F.linear(torch.ones(PLACES, BIG).cumsum(0) * 0.1, w), False),
+    "linear of looked up positions": (lambda x, w: x + F.linear(F.embedding(positions(x), w), w), False),
+    "tied": (lambda x, w: F.linear(F.embedding((x[..., 0].abs() * 9).long(), w), w), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_each_row_has_its_own_delta(many: Any, name: str) -> None:
+    call, transposed = MANY[name]
+    module, encodings = packed(call, transposed=transposed)
+    many(module, rand(ROWS, PLACES, BIG), encodings=encodings).check((1, -1, 0, 1), atol=2e-3)
+    many(module, rand(ROWS, PLACES, BIG), encodings=encodings).check((0, -1, 0, 0), atol=2e-3)
+
+
+REFUSED_LAYOUTS: dict[str, tuple[Callable[..., Any], str]] = {
+    "the batch in the middle": (
+        lambda x, w: F.linear(x.transpose(0, 1), w),
+        "has the batch in dimension 1, not in front",
+    ),
+    "merged the other way round": (
+        lambda x, w: F.linear(x.transpose(0, 1).reshape(-1, BIG), w),
+        r"cannot be told apart since reshape",
+    ),
+    "shuffled rows": (lambda x, w: F.linear(x.flip(0), w), "cannot be told apart since flip"),
+    "chosen rows": (lambda x, w: F.linear(x[(x[:, 0, 0] * 0).long()], w), "cannot be told apart since getitem"),
+    "chosen ids": (lambda x, w: F.embedding(x[..., 0].long().abs().flip(0), w), "cannot be told apart since flip"),
+    "ids with the batch behind": (lambda x, w: F.embedding(x[..., 0].long().abs().T, w), "in dimension 1"),
+    "another use": (lambda x, w: x * w.sum(), "there is no packed form for it"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_LAYOUTS)
+def test_layouts_without_rows_in_front_are_refused_by_name(many: Any, name: str) -> None:
+    call, message = REFUSED_LAYOUTS[name]
+    module, encodings = packed(call)
+    with pytest.raises(NoRowForm, match=rf"w \(it differs in a, b\) is used by .*{message}"):
+        many(module, rand(ROWS, PLACES, BIG), encodings=encodings)((0, 1, -1, 0))
+
+
+def grown_head(call: Callable[..., Any]) -> tuple[nn.Module, list[Any]]:
+    """A head of which one slot has two more outputs, another none and its own planes."""
+    module = Packed(call, BIG, BIG)
+    return module, [{"w": stored_rows(module.w.detach(), [3, BIG, BIG + 1], BIG + 2)}, {"w": sign(BIG, BIG)}]
+
+
+@pytest.mark.parametrize("cap", [False, True])
+def test_logits_past_a_rows_vocabulary(many: Any, cap: bool) -> None:
+    """At the graph's output: the cap would make finite numbers of them."""
+    module, encodings = grown_head(lambda x, w: torch.tanh(F.linear(x, w)) * 9.0 if cap else F.linear(x[:, -2:], w))
+    case = many(module, rand(ROWS, PLACES, BIG), encodings=encodings)
+    tenant = (1, -1, 0, 1)
+    found = case(tenant)
+    for row, slot in enumerate(tenant):
+        expected = case.alone(row, slot)
+        size = expected.shape[-1]
+        assert size == BIG + 2 * (slot == 0)
+        torch.testing.assert_close(found[row : row + 1, :, :size], expected, rtol=1e-3, atol=1e-3)
+        assert found[row, :, size:].eq(-torch.inf).all()
+
+
+def test_what_would_see_logits_of_others_tokens_is_refused(many: Any) -> None:
+    module, encodings = grown_head(lambda x, w: F.linear(x, w).log_softmax(-1))
+    with pytest.raises(NoRowForm, match=r"w .* is used by log_softmax .* tokens that a row's tenant does not have"):
+        many(module, rand(ROWS, PLACES, BIG), encodings=encodings)((0, 1, -1, 0))
+
+
+def test_one_row_has_no_rows_to_tell_apart(many: Any) -> None:
+    """Where the batch stands does not matter then."""
+    module, encodings = packed(lambda x, w: F.linear(x.transpose(0, 1), w).transpose(0, 1))
+    case = many(module, rand(1, PLACES, BIG), rows=1, encodings=encodings)
+    torch.testing.assert_close(case((1,)), case.alone(0, 1), rtol=1e-4, atol=1e-3)
+    assert torch.equal(case((-1,)), case.alone(0, -1))
+
+
+def test_the_row_index_is_the_first_added_input(many: Any) -> None:
+    module, encodings = packed(MANY["linear"][0])
+    gm = many(module, rand(ROWS, PLACES, BIG), encodings=encodings).check((1, -1, 0, 1), atol=2e-3)
+    names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+    assert names.index("tenant") == len(names) - 6  # then signs, scales of rows and columns, left, right
+    assert count(gm, LINEAR) == 1
