@@ -1,6 +1,6 @@
 """The `bitdelta` command. The only module that prints: results on stdout, progress, warnings and errors on stderr.
 
-Exit codes: 0 done, 1 a check failed (`verify`, `doctor`), 2 an error in what was asked for or given.
+Exit codes: 0 done, 1 a check failed (`verify`, `doctor`, `demo`), 2 an error in what was asked for or given.
 """
 
 from __future__ import annotations
@@ -289,17 +289,24 @@ def run(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for delta files, results and the plot.")] = Path("demo-output"),
     cache: Annotated[Path | None, typer.Option(help="Folder for the downloads.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the texts; no Inductor.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the texts; no Inductor, so no package.")] = False,
 ) -> None:
-    """Compress and compile two real fine-tunes of MiniLM, and show how faithful and how small they are."""
+    """Two real fine-tunes of MiniLM: how faithful and how small they are, and both and their base in one batch."""
     from . import demo as steps
+    from .demo_rows import DemoFailedError
     from .materials import default_cache
 
     _quiet_transformers()
-    with _progress() as report:
-        result = steps.run(out, cache or default_cache(), quick=quick, progress=report)
-    for table in render.demo_tables(result.tenants):
+    try:
+        with _progress() as report:
+            result = steps.run(out, cache or default_cache(), quick=quick, progress=report)
+    except DemoFailedError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]Failed: {escape(str(error))}[/red]", highlight=False)
+        raise typer.Exit(CHECK_FAILED) from None
+    for table in [*render.demo_tables(result.tenants), render.rows_table(result.many.rows)]:
         _out(table)
+    for sentence in render.many_tenants(result.many):
+        _out(sentence)
     for path in result.files:
         _out(f"wrote {path}")
     if result.graph:

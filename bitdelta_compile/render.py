@@ -14,6 +14,8 @@ from rich.table import Column, Table
 if TYPE_CHECKING:
     from .delta import Delta
     from .demo import TenantResult
+    from .demo_rows import Row
+    from .demo_tenants import ManyTenants
     from .encodings import Encoding
     from .fidelity import Fidelity
 
@@ -105,6 +107,43 @@ def demo_tables(tenants: Sequence[TenantResult]) -> list[Table]:
         times = (f"{tenant.compress_seconds:.1f} s", f"{tenant.compile_seconds:.1f} s")
         cost.add_row(tenant.name, *sizes, *factors, *times, f"{tenant.error:.1e}")
     return [faithful, cost]
+
+
+def rows_table(rows: Sequence[Row]) -> Table:
+    """The demo's batch of several tenants, row by row."""
+    names = list(dict.fromkeys(row.tenant for row in rows))
+    text = Column("text", max_width=24, no_wrap=True, overflow="ellipsis")
+    table = Table("row", "tenant", text, "its own", *names, "as published", box=None)
+    table.title = "Rows of one batch: distance to what dense models give for the row's text"
+    table.caption = (
+        "Shares of the distance from the base to the fine-tune as published (to the nearer one for the base's rows). A "
+        "tenant's own dense model is its delta, materialized in fp32."
+    )
+    for at, row in enumerate(rows):
+        others = [f"{row.others[name]:.2f}" if name in row.others else "" for name in names]
+        published = "" if row.published is None else f"{row.published:.2f}"
+        table.add_row(str(at), escape(row.tenant), escape(row.text), f"{row.own:.1e}", *others, published)
+    return table
+
+
+def many_tenants(found: ManyTenants) -> list[str]:
+    """What the demo did with many tenants, in sentences."""
+    changes, packaged = found.changes, found.packaged
+    sentences = [
+        f"While {changes.calls} calls ran, {changes.added} tenants were added ({changes.add_seconds * 1e3:.0f} ms "
+        f"each), {changes.replaced} replaced, {changes.removed} removed: {changes.graphs} graphs and "
+        f"{changes.compilations} compilations more, {changes.rows} of {changes.rows} rows bit for bit as when all rows "
+        "are of one tenant."
+    ]
+    if packaged is not None:
+        sizes = ", ".join(map(str, packaged.batches))
+        error = f"at most {packaged.error:.1e} off the rows above" if packaged.error else "bit for bit the rows above"
+        sentences.append(
+            f"Exported and merged in {packaged.export_seconds:.0f} s, packaged in {packaged.package_seconds:.0f} s "
+            f"({size(packaged.nbytes)}). A new process without this package ran batches of {sizes} rows, {error}; "
+            f"with a tenant replaced in it, at most {packaged.replaced_error:.1e} off its new dense model."
+        )
+    return sentences
 
 
 def share(found: Fidelity) -> str:

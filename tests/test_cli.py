@@ -13,7 +13,7 @@ import torch
 import transformers
 from typer.testing import CliRunner, Result
 
-from bitdelta_compile import demo, doctor, fidelity, materials
+from bitdelta_compile import demo, demo_package, demo_rows, demo_tenants, doctor, fidelity, materials
 from bitdelta_compile.cli import app
 from bitdelta_compile.delta import Delta
 from bitdelta_compile.errors import DeltaFileError
@@ -275,18 +275,42 @@ def test_doctor_tries_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "does not work: no such thing" in doctor.examine().problems[0]
 
 
+def found_by_the_demo(out: Path) -> demo.DemoResult:
+    scores = [fidelity.Fidelity("encoder", 0.9, after, 8, "texts") for after in (0.98, 0.999)]
+    tenant = demo.TenantResult("sre", *scores, 90_000_000, 3_600_000, 1e-5, 1.5, 20.0)
+    rows = [
+        demo_rows.Row("sre", "[one] two three four five", 2e-6, 0.11, {"base": 0.97}),
+        demo_rows.Row("base", "six", 3e-6, None, {"sre": 1.25}),
+    ]
+    changes = demo_tenants.Changes(24, 48, 21, 20, 21, 0.012, 0, 0)
+    packaged = demo_package.Packaged("tenants.pt2", 98_000_000, (6, 5, 1), 4e-6, 5e-6, 8.0, 31.0)
+    many = demo_tenants.ManyTenants(rows, changes, packaged)
+    return demo.DemoResult([tenant], many, "linear = delta_linear", [out / "fidelity.png"])
+
+
 def test_demo_shows_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
 
     def run(out: Path, cache: Path, *, quick: bool, progress: Progress) -> demo.DemoResult:
         asked.update(out=out, cache=cache, quick=quick)
         progress("stage", 1, 1)
-        scores = [fidelity.Fidelity("encoder", 0.9, after, 8, "texts") for after in (0.98, 0.999)]
-        tenant = demo.TenantResult("sre", *scores, 90_000_000, 3_600_000, 1e-5, 1.5, 20.0)
-        return demo.DemoResult([tenant], "linear = delta_linear", [out / "fidelity.png"])
+        return found_by_the_demo(out)
 
     monkeypatch.setattr(demo, "run", run)
     shown = succeed("demo", "--out", tmp_path / "out", "--quick")
     assert asked == {"out": tmp_path / "out", "cache": materials.default_cache(), "quick": True}
     for expected in ("0.90000", "0.8000", "0.9900", "25.0x", "12.5x", "1.0e-05", "delta_linear", "fidelity.png"):
         assert expected in shown
+    for expected in ("[one]", "2.0e-06", "0.11", "0.97", "1.25", "24 calls", "12 ms", "98.00 MB", "6, 5, 1", "5.0e-06"):
+        assert expected in shown
+
+
+def test_demo_fails_where_it_finds_something_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(out: Path, cache: Path, *, quick: bool, progress: Progress) -> demo.DemoResult:
+        raise demo_rows.DemoFailedError("a row of sre is off")
+
+    monkeypatch.setattr(demo, "run", run)
+    result = bitdelta("demo", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "a row of sre is off" in result.stderr
+    assert not result.stdout
