@@ -3,11 +3,11 @@
 from .compress import compress
 from .delta import Delta
 from .explain import explain
-from .export import export
-from .merge import merge
-from .package import package
-from .packaged import Package, load_package
-from .program import load_program, save_program
+from .programs.export import export
+from .programs.merge import merge
+from .programs.package import package
+from .programs.packaged import Package, load_package
+from .programs.program import load_program, save_program
 from .serve.model import TenantModel, attach
 from .serve.reserve import Reserve
 

@@ -234,8 +234,8 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Compile BASE and its tenants into one file that runs with torch alone, a tenant per row."""
-    from .package import read_metadata
-    from .textmodel import export_checkpoint
+    from .programs.package import read_metadata
+    from .programs.textmodel import export_checkpoint
 
     _refuse_existing(output, force)
     deltas = {name: _load(file) for name, file in _named(tenants).items()}
@@ -265,8 +265,8 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run texts through a package, each with its tenant: next tokens of a language model, embeddings of an encoder."""
-    from .packaged import load_package
-    from .textmodel import read_ids, run_rows, shown, tokenizer_of
+    from .programs.packaged import load_package
+    from .programs.textmodel import read_ids, run_rows, shown, tokenizer_of
 
     if bool(text) == bool(ids):
         raise UnsupportedError("give the rows either as --text or as --ids")
@@ -274,7 +274,7 @@ def run(
     _quiet_transformers()
     tokenizer: Any = tokenizer_of(model, base) if text else None
     rows = [tokenizer(each)["input_ids"] for each in text or ()] + [read_ids(each) for each in ids or ()]
-    names: list[str | None] = [*tenant] if tenant else [None]
+    names = [None if each == "none" and each not in model.tenants else each for each in tenant or ["none"]]
     if len(names) == 1:
         names *= len(rows)
     found = run_rows(model, rows, names, tokenizer)
@@ -293,7 +293,7 @@ def demo(
 ) -> None:
     """Two real fine-tunes of MiniLM: how faithful and how small they are, and both and their base in one batch."""
     from . import demo as steps
-    from .demo_rows import DemoFailedError
+    from .demo.rows import DemoFailedError
     from .materials import default_cache
 
     _quiet_transformers()

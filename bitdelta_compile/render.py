@@ -14,8 +14,8 @@ from rich.table import Column, Table
 if TYPE_CHECKING:
     from .delta import Delta
     from .demo import TenantResult
-    from .demo_rows import Row
-    from .demo_tenants import ManyTenants
+    from .demo.rows import Row
+    from .demo.tenants import ManyTenants
     from .encodings import Encoding
     from .fidelity import Fidelity
 

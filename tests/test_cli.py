@@ -13,9 +13,12 @@ import torch
 import transformers
 from typer.testing import CliRunner, Result
 
-from bitdelta_compile import demo, demo_package, demo_rows, demo_tenants, doctor, fidelity, materials
+from bitdelta_compile import demo, doctor, fidelity, materials
 from bitdelta_compile.cli import app
 from bitdelta_compile.delta import Delta
+from bitdelta_compile.demo import package as demo_package
+from bitdelta_compile.demo import rows as demo_rows
+from bitdelta_compile.demo import tenants as demo_tenants
 from bitdelta_compile.errors import DeltaFileError
 from bitdelta_compile.progress import Progress
 

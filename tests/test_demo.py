@@ -13,9 +13,12 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from bitdelta_compile import attach, compress, demo, demo_package, demo_rows, demo_tenants
+from bitdelta_compile import attach, compress, demo
 from bitdelta_compile.delta import Delta
-from bitdelta_compile.demo_rows import DemoFailedError, Row
+from bitdelta_compile.demo import package as demo_package
+from bitdelta_compile.demo import rows as demo_rows
+from bitdelta_compile.demo import tenants as demo_tenants
+from bitdelta_compile.demo.rows import DemoFailedError, Row
 from bitdelta_compile.fidelity import Fidelity
 
 

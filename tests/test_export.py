@@ -16,9 +16,9 @@ from bitdelta_compile import program as programs
 from bitdelta_compile.compress import compress
 from bitdelta_compile.delta import Delta
 from bitdelta_compile.errors import BaseMismatchError, BitDeltaError, UnsupportedError
-from bitdelta_compile.export import export
-from bitdelta_compile.merge import merge
-from bitdelta_compile.program import About, load_program, save_program
+from bitdelta_compile.programs.export import export
+from bitdelta_compile.programs.merge import merge
+from bitdelta_compile.programs.program import About, load_program, save_program
 
 V, K = 50, 96
 

@@ -22,10 +22,10 @@ from bitdelta_compile import package as packaging
 from bitdelta_compile.compress import compress
 from bitdelta_compile.delta import Delta
 from bitdelta_compile.errors import BaseMismatchError, BitDeltaError, UnsupportedError
-from bitdelta_compile.export import export
-from bitdelta_compile.package import package, read_metadata
-from bitdelta_compile.packaged import Package, load_package
-from bitdelta_compile.program import save_program, with_extra
+from bitdelta_compile.programs.export import export
+from bitdelta_compile.programs.package import package, read_metadata
+from bitdelta_compile.programs.packaged import Package, load_package
+from bitdelta_compile.programs.program import save_program, with_extra
 
 V, K = 40, 64
 RUNNER = Path(__file__).parents[1] / "examples" / "cpp_runner"

@@ -170,7 +170,7 @@ class TenantModel(nn.Module):
         """
         names = _names(tenants)
         with self._bank.lease(names) as slots:
-            rows = _rows((args, kwargs))
+            rows = _rows(list(_tensors((args, kwargs))))
             if rows != len(slots):
                 raise UnsupportedError(
                     f"{len(slots)} tenants were given for inputs of {rows} rows: name one, or None, for each"
@@ -324,6 +324,12 @@ class TenantModel(nn.Module):
             "an attached model is many models: delta.save_pretrained(base, folder) writes one tenant's checkpoint"
         )
 
+    def __deepcopy__(self, memo: object) -> TenantModel:
+        raise UnsupportedError("an attached model is not copied: attach the tenants to a copy of the base")
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise UnsupportedError("an attached model is not pickled: save the base, and each delta with save(...)")
+
     def train(self, mode: bool = True) -> TenantModel:
         """Only `train(False)`: an attached model is for inference."""
         if mode:
@@ -382,9 +388,11 @@ def _names(tenants: Sequence[str | None] | None) -> Sequence[str | None]:
     return tenants
 
 
-def _rows(values: Any) -> int:
-    """The batch of some inputs: the first size of the first tensor that has one."""
-    return next((tensor.shape[0] for tensor in _tensors(values) if tensor.dim()), 0)
+def _rows(tensors: Sequence[Tensor]) -> int:
+    """The batch of some inputs: what the first matrix, or larger, leads with; a size of 1 may be there to broadcast."""
+    sizes = [tensor.shape[0] for tensor in tensors if tensor.dim() > 1]
+    sizes = sizes or [tensor.shape[0] for tensor in tensors if tensor.dim()]
+    return next((size for size in sizes if size != 1), 1 if sizes else 0)
 
 
 def _tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:

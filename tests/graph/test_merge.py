@@ -14,8 +14,8 @@ from bitdelta_compile.checkpoint import open_checkpoint
 from bitdelta_compile.delta import Delta
 from bitdelta_compile.encodings import Dense, Encoding, Rows, Same, Sign
 from bitdelta_compile.errors import UnsupportedError
-from bitdelta_compile.export import export
 from bitdelta_compile.graph.merge import BaseGraph, first_difference, undo
+from bitdelta_compile.programs.export import export
 
 aten = torch.ops.aten
 V, K, N = 11, 37, 6

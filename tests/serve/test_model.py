@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -207,6 +208,25 @@ def test_wrong_rows(model: TenantModel, rows: Any, message: str) -> None:
         model(ids(2), tenants=rows)
 
 
+class Positions(Net):
+    def forward(self, positions: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return self.up(self.table(ids) + self.table(positions))
+
+
+def test_inputs_that_broadcast_over_the_rows() -> None:
+    torch.manual_seed(0)
+    base = Positions().eval()
+    known = deltas(base, "a")
+    model, own = bdc.attach(base, known, lower="eager"), dense(base, known["a"])
+    positions, x = torch.arange(5).unsqueeze(0), ids(2)
+    y = model(positions, x, tenants=["a", None])
+    with torch.no_grad():
+        torch.testing.assert_close(y[:1], own(positions, x[:1]))
+        torch.testing.assert_close(y[1:], base(positions, x[1:]))
+    with pytest.raises(UnsupportedError, match="1 tenants were given for inputs of 2 rows"):
+        model(positions, x, tenants=["a"])
+
+
 def test_a_call_without_tensors(model: TenantModel) -> None:
     with pytest.raises(UnsupportedError, match="inputs of 0 rows"):
         model(tenants=["a"])
@@ -254,7 +274,7 @@ def test_a_delta_from_its_file(base: Net, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     "what", [lambda m: m.half(), lambda m: m.to("meta"), lambda m: m.state_dict(), lambda m: m.load_state_dict({}),
-             lambda m: m.save_pretrained("x"), lambda m: m.train()]
+             lambda m: m.save_pretrained("x"), lambda m: m.train(), copy.deepcopy, pickle.dumps]
 )  # fmt: skip
 def test_what_an_attached_model_is_not(model: TenantModel, what: Any) -> None:
     with pytest.raises(UnsupportedError):

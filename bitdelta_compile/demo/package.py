@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .demo_rows import EXACT, DemoFailedError, Scale, hidden
+from .rows import EXACT, DemoFailedError, Scale, hidden
 
 if TYPE_CHECKING:
-    from .delta import Delta
+    from ..delta import Delta
 
 MAX_BATCH = 64
 
@@ -64,9 +64,9 @@ def make(base: Any, deltas: Mapping[str, Delta], file: Path) -> tuple[float, flo
     Returns:
         Seconds of exporting and merging, and of packaging.
     """
-    from .export import export
-    from .merge import merge
-    from .package import package
+    from ..programs.export import export
+    from ..programs.merge import merge
+    from ..programs.package import package
 
     positions = base.config.max_position_embeddings
     sizes = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH), 1: torch.export.Dim("tokens", min=1, max=positions)}
@@ -102,7 +102,7 @@ def run(
     Raises:
         DemoFailedError: the package needs this package, or gives other numbers.
     """
-    from .packaged import load_package
+    from ..programs.packaged import load_package
 
     loaded = load_package(file)
     index = loaded.row_index(tenants, len(tenants))

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from .errors import BitDeltaError, UnsupportedError
-from .lowering.cache import stamp
-from .lowering.inductor import register_lowerings
+from ..errors import BitDeltaError, UnsupportedError
+from ..lowering.cache import stamp
+from ..lowering.inductor import register_lowerings
 from .program import About, is_weightless, replacing, versions
 
 FORMAT_VERSION = "1"

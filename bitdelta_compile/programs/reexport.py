@@ -19,14 +19,14 @@ from torch.export import ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from .errors import UnsupportedError
-from .graph.batch import Batch, value_of
-from .graph.context import Context, NoRowForm, Parameter
-from .graph.merge import BaseGraph
-from .graph.rewrite import rewrite
+from ..errors import UnsupportedError
+from ..graph.batch import Batch, value_of
+from ..graph.context import Context, NoRowForm, Parameter
+from ..graph.merge import BaseGraph
+from ..graph.rewrite import rewrite
+from ..serve.bank import Bank
+from ..stack import Stack
 from .program import METADATA, PREFIX, TENANT, About, described
-from .serve.bank import Bank
-from .stack import Stack
 
 
 def for_rows(program: ExportedProgram, graph: BaseGraph, bank: Bank, about: About) -> ExportedProgram:

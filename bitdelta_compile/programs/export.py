@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from .delta import Delta
-from .errors import UnsupportedError
-from .graph.merge import held_tensors, undo
-from .graph.rewrite import rewrite
+from ..delta import Delta
+from ..errors import UnsupportedError
+from ..graph.merge import held_tensors, undo
+from ..graph.rewrite import rewrite
+from ..serve.bank import Bank, Base
+from ..serve.reserve import Reserve
+from ..sources import DeltaSource
 from .program import METADATA, PREFIX, About, base_of, described
 from .reexport import add_buffer, for_rows, rewritten_module
-from .serve.bank import Bank, Base
-from .serve.reserve import Reserve
-from .sources import DeltaSource
 
 
 def export(

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from . import demo_package, fidelity
-from .demo_package import Packaged
-from .demo_rows import DemoFailedError, Row, Scale, check_alone, hidden
-from .fidelity import Batch
-from .progress import Progress
+from .. import fidelity
+from ..fidelity import Batch
+from ..progress import Progress
+from . import package as demo_package
+from .package import Packaged
+from .rows import DemoFailedError, Row, Scale, check_alone, hidden
 
 if TYPE_CHECKING:
-    from .serve.model import TenantModel
+    from ..serve.model import TenantModel
 
 SLOTS = 8
 ROUNDS, QUICK_ROUNDS = 12, 3
@@ -85,8 +86,8 @@ def run(
     """
     import transformers
 
-    from .delta import Delta
-    from .serve.model import attach
+    from ..delta import Delta
+    from ..serve.model import attach
 
     def step(number: int) -> None:
         if progress is not None:

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .checkpoint import match_names
-from .delta import Delta
-from .encodings import Encoding, Same
-from .errors import BaseMismatchError, UnsupportedError
-from .fileformat import DTYPES
+from ..checkpoint import match_names
+from ..delta import Delta
+from ..encodings import Encoding, Same
+from ..errors import BaseMismatchError, UnsupportedError
+from ..fileformat import DTYPES
+from ..serve.reserve import Reserve
+from ..serve.slots import write
+from ..stack import Stack
 from .package import check_cpu, read_metadata
 from .program import PREFIX, TENANT
-from .serve.reserve import Reserve
-from .serve.slots import write
-from .stack import Stack
 
 
 def load_package(path: str | Path) -> Package:

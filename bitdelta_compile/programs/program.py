@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from .checkpoint import Checkpoint, match_names, open_checkpoint
-from .delta import Delta
-from .encodings import Dense, Encoding, Rows, Same, Sign
-from .errors import BaseMismatchError, BitDeltaError, UnsupportedError
-from .fileformat import DTYPE_NAMES
-from .fingerprint import SAMPLES, Fingerprint
-from .stack import Stack
+from ..checkpoint import Checkpoint, match_names, open_checkpoint
+from ..delta import Delta
+from ..encodings import Dense, Encoding, Rows, Same, Sign
+from ..errors import BaseMismatchError, BitDeltaError, UnsupportedError
+from ..fileformat import DTYPE_NAMES
+from ..fingerprint import SAMPLES, Fingerprint
+from ..stack import Stack
 
 log = logging.getLogger(__name__)
 

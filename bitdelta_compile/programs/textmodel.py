@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .delta import Delta
-from .errors import UnsupportedError
+from ..delta import Delta
+from ..errors import UnsupportedError
+from ..fidelity import load_model
+from ..progress import Progress
 from .export import export
-from .fidelity import load_model
 from .package import package
 from .packaged import Package
 from .program import with_extra
-from .progress import Progress
 
 _KIND = "kind"
 _TOKENS = "max_tokens"

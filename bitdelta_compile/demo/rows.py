@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import fidelity
-from .errors import BitDeltaError
-from .fidelity import Batch
+from .. import fidelity
+from ..errors import BitDeltaError
+from ..fidelity import Batch
 
 if TYPE_CHECKING:
-    from .delta import Delta
+    from ..delta import Delta
 
 BASE_NAME = "base"
 EXACT = 1e-3  # most that a row may be off what its dense model gives

@@ -1,6 +1,6 @@
 """The demo: two real, independently made fine-tunes of MiniLM as one-bit deltas, compiled and measured.
 
-First each on its own, then both and the base in one batch (`demo_tenants`). What it shows it has checked. The
+First each on its own, then both and the base in one batch (`tenants`). What it shows it has checked. The
 evaluation text is the Python manual, which no calibration has seen.
 """
 
@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import demo_tenants, fidelity
-from .demo_rows import EXACT, DemoFailedError, materialized
-from .demo_tenants import ManyTenants
-from .errors import CheckpointError
-from .fidelity import Batch, EncoderOutputs
-from .materials import BASE, TENANTS, fetch
-from .progress import Progress
+from .. import fidelity
+from ..errors import CheckpointError
+from ..fidelity import Batch, EncoderOutputs
+from ..materials import BASE, TENANTS, fetch
+from ..progress import Progress
+from . import tenants as demo_tenants
+from .rows import EXACT, DemoFailedError, materialized
+from .tenants import ManyTenants
 
 if TYPE_CHECKING:
-    from .delta import Delta
+    from ..delta import Delta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +123,8 @@ def _tenant(
     quick: bool,
     report: Progress,
 ) -> tuple[TenantResult, Any]:
-    from .compress import compress
-    from .delta import Delta
+    from ..compress import compress
+    from ..delta import Delta
 
     def step(number: int) -> None:
         report(f"{name}: compress, compile, compare", number, 5)
@@ -175,7 +176,7 @@ def compile_with(delta: Delta, base_folder: Path, quick: bool) -> Any:
 
 def layer_graph(compiled: Any) -> str:
     """The rewritten graph of the model's first layer, as text: base nodes, packed-delta nodes and their sums."""
-    from .explain import explain
+    from ..explain import explain
 
     return explain(compiled).graph(layer="encoder.layer.0.")
 

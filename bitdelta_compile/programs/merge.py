@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from .errors import BaseMismatchError, UnsupportedError
-from .graph.merge import BaseGraph, first_difference, undo
+from ..errors import BaseMismatchError, UnsupportedError
+from ..graph.merge import BaseGraph, first_difference, undo
+from ..serve.bank import Bank, Base
+from ..serve.reserve import Reserve
 from .program import (
     PREFIX,
     About,
@@ -26,8 +28,6 @@ from .program import (
     with_tensors,
 )
 from .reexport import for_rows
-from .serve.bank import Bank, Base
-from .serve.reserve import Reserve
 
 
 def merge(
