@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import compile_overhead, delta_op, fidelity  # noqa: F401  each registers its cases
+from . import compile_overhead, delta_op, fidelity, generation, tenants, tenants_memory, tenants_op  # noqa: F401  each registers its cases
 from .registry import CASES, Record, Run, machine, write_records
 
 
