@@ -35,6 +35,7 @@ class Base:
         parameters: canonical name -> tensor.
         aliases: other name -> canonical name.
         by_id: id of a tensor -> canonical name.
+        checkpoint: the same tensors, with the base's side files.
 
     Raises:
         UnsupportedError: parameters without data, on several devices, or of a kind of their own (quantized,
@@ -44,6 +45,7 @@ class Base:
     def __init__(self, module: nn.Module) -> None:
         _check_plain(module)
         self.module = module
+        self.checkpoint = open_checkpoint(module)
         self.parameters: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
         seen: dict[int, str] = {}
@@ -63,7 +65,7 @@ class Base:
             DeltaFileError: it holds NaN or infinite values.
             UnsupportedError: tensors that are one in the base and two in the fine-tune, or a shape of its own.
         """
-        delta.fingerprint.check(open_checkpoint(self.module))
+        delta.fingerprint.check(self.checkpoint)
         names = [*self.parameters, *self.aliases]
         paired = match_names([*delta.encodings, *delta.tied], names)
         found: dict[str, tuple[str, Encoding]] = {}

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..checkpoint import open_checkpoint
 from ..delta import Delta
 from ..errors import BitDeltaError, UnsupportedError
 from ..explain import remember
@@ -216,7 +215,7 @@ class TenantModel(nn.Module):
 
         stored = None if name is None else self._bank.side_files[name].get("generation_config.json")
         if isinstance(stored, FromBase):
-            stored = unpack({"generation_config.json": stored}, open_checkpoint(self.base).side_files, "the base")
+            stored = unpack({"generation_config.json": stored}, self._bank.base.checkpoint.side_files, "the base")
             stored = stored["generation_config.json"]
         return GenerationConfig.from_dict(stored) if isinstance(stored, dict) else None
 
@@ -269,9 +268,13 @@ class TenantModel(nn.Module):
         rows = _rows(tensors)
         if not rows or not slots or rows % len(slots):
             raise UnsupportedError(f"inputs of {rows} rows cannot be divided among {len(slots)} tenants")
-        for tensor in tensors if rows > 1 else ():
-            if tensor.dim() and tensor.shape[0] == rows:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        if rows > 1:
+            # Aliases, because what marks a tensor's batch stays on it, and the caller's may go elsewhere.
+            args = tuple(map(_alias, args))
+            kwargs = {name: _alias(value) for name, value in kwargs.items()}
+            for tensor in _tensors((args, kwargs)):
+                if tensor.dim() and tensor.shape[0] == rows:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
         index = torch.tensor(slots, dtype=torch.int32, device=self.device).repeat_interleave(rows // len(slots))
         call = self._graphs.call
         before, call.index = call.index, index
@@ -393,6 +396,10 @@ def _rows(tensors: Sequence[Tensor]) -> int:
     sizes = [tensor.shape[0] for tensor in tensors if tensor.dim() > 1]
     sizes = sizes or [tensor.shape[0] for tensor in tensors if tensor.dim()]
     return next((size for size in sizes if size != 1), 1 if sizes else 0)
+
+
+def _alias(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
