@@ -36,7 +36,7 @@ def plot(records: list[Record], path: Path) -> None:
 
 @case(
     "generate",
-    "SmolLM2-135M: greedy generate of two fine-tunes and the base in one batch, beside a dense model for each",
+    "SmolLM2-135M: greedy generate of a fine-tune and the base in one batch, beside a dense model for each",
     columns=(
         "model", "rows", "tenants", "new_tokens", "equal_rows", "compile_s", "attached_tokens_s", "separate_tokens_s",
         "separate_eager_tokens_s", "speedup",
@@ -179,10 +179,10 @@ def _small() -> tuple[Any, dict[str, Delta], Prompts]:
 
 
 def _smollm2(run: Run) -> tuple[Any, dict[str, Delta], Prompts]:
-    """The base, the deltas of its fine-tunes, and prompts: the first words of texts that no training has seen."""
+    """The base, the delta of its fine-tune, and prompts: the first words of texts that no training has seen."""
     import transformers
 
-    pairs = finetune.pairs(run.cache)
+    pairs = finetune.pairs(run.cache, ["jargon"])
     folder = next(iter(pairs.values())).base
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     deltas = {

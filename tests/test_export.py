@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from bitdelta_compile import program as programs
 from bitdelta_compile.compress import compress
 from bitdelta_compile.delta import Delta
 from bitdelta_compile.errors import BaseMismatchError, BitDeltaError, UnsupportedError
+from bitdelta_compile.programs import program as programs
 from bitdelta_compile.programs.export import export
 from bitdelta_compile.programs.merge import merge
 from bitdelta_compile.programs.program import About, load_program, save_program
