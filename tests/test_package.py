@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from bitdelta_compile import package as packaging
 from bitdelta_compile.compress import compress
 from bitdelta_compile.delta import Delta
 from bitdelta_compile.errors import BaseMismatchError, BitDeltaError, UnsupportedError
+from bitdelta_compile.programs import package as packaging
 from bitdelta_compile.programs.export import export
 from bitdelta_compile.programs.package import package, read_metadata
 from bitdelta_compile.programs.packaged import Package, load_package
