@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,9 @@ def load_program(path: str | Path, *, base: nn.Module | str | Path | None = None
         with open(path, "rb") as file:
             if file.read(2) != b"PK":
                 raise BitDeltaError(f"{path} is not a .pt2 archive: give a file that save_program wrote")
-        program = torch.export.load(path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # torch 2.11's own
+            program = torch.export.load(path)
     except OSError as error:
         raise BitDeltaError(f"{path} cannot be read: {error.strerror}") from error
     about = About.of(program)

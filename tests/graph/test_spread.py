@@ -32,7 +32,7 @@ class With(nn.Module):
         self.own = nn.ParameterList([nn.Parameter(rand(*shape, seed=at).to(dtype)) for at, shape in enumerate(shapes)])
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.call(*inputs, *self.own)
+        return self.call(*inputs, *[self.own[at] for at in range(len(self.own))])
 
 
 def add_in_place(x: Tensor, w: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import bitdelta_compile as bdc
+from bitdelta_compile.errors import UnsupportedError
 from bitdelta_compile.serve.model import TenantModel
 
 V, ROWS = 96, 8
@@ -119,6 +120,11 @@ def served(request: pytest.FixtureRequest) -> Served:
 
 def test_every_row_is_its_tenants_whoever_else_is_there(served: Served) -> None:
     """One test per architecture: all popularities run through one graph."""
+    if isinstance(served.base, transformers.T5ForConditionalGeneration) and torch.__version__ < "2.12":
+        # Dynamo of that version cannot trace how T5's encoder is called: refused, not served wrongly.
+        with pytest.raises(UnsupportedError, match=r"cannot be captured whole.*deepcopy"):
+            served((None,) * ROWS)
+        return
     base = served((None,) * ROWS)
     with torch.no_grad():
         torch.testing.assert_close(base, served.base(**served.inputs)[0], rtol=1e-5, atol=1e-5)
