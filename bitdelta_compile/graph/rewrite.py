@@ -67,6 +67,29 @@ def rewrite(
     return rewritten, context
 
 
+def rewrite_for_rows(
+    gm: fx.GraphModule, parameters: Mapping[fx.Node, Parameter], batch: Batch
+) -> tuple[fx.GraphModule, Context, dict[str, str]]:
+    """`rewrite` for many tenants, where a parameter that no tenant changes may stay the base's.
+
+    Returns:
+        As `rewrite`, and the parameters that no row can have of its own: name -> why.
+
+    Raises:
+        NoRowForm: such a parameter that some tenant changes.
+    """
+    refused: dict[str, str] = {}
+    while True:
+        kept = {node: parameter for node, parameter in parameters.items() if parameter.name not in refused}
+        try:
+            return *rewrite(gm, kept, batch), refused
+        except NoRowForm as error:
+            if error.parameter.tenants:
+                raise
+            refused[error.parameter.name] = str(error)
+            log.info("%s; no tenant changes it", error)
+
+
 def substitute_base(context: Context) -> None:
     """Give every parameter its base tensor; for one fine-tune, what is stored outright gets the tuned tensor."""
     for node, parameter in context.parameters.items():

@@ -21,9 +21,9 @@ from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedError
 from ..graph.batch import Batch, value_of
-from ..graph.context import Context, NoRowForm, Parameter
+from ..graph.context import Context, Parameter
 from ..graph.merge import BaseGraph
-from ..graph.rewrite import rewrite
+from ..graph.rewrite import rewrite_for_rows
 from ..serve.bank import Bank
 from ..stack import Stack
 from .program import METADATA, PREFIX, TENANT, About, described
@@ -157,13 +157,8 @@ def _rewrite(graph: BaseGraph, bank: Bank, batch: Batch, tied: Mapping[str, str]
         if name in bank.stacks and node.users:
             stack, base = bank.stacks[name], bank.base.parameters[name]
             parameters[node] = Parameter(name, stack, base, bank.changed(name))
-    while True:
-        try:
-            return rewrite(graph.module, parameters, batch)
-        except NoRowForm as error:
-            if error.parameter.tenants:
-                raise
-            parameters = {node: each for node, each in parameters.items() if each.name != error.parameter.name}
+    rewritten, context, _ = rewrite_for_rows(graph.module, parameters, batch)
+    return rewritten, context
 
 
 def _dynamic_shapes(inputs: Sequence[fx.Node], ranges: Mapping[Any, Any], info: _PyTreeInfo) -> dict[str, Any]:

@@ -10,7 +10,6 @@ meet, their forwards run side by side, and only the bank's names are guarded by 
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,15 +22,13 @@ from ..delta import Delta
 from ..errors import BitDeltaError, UnsupportedError
 from ..explain import remember
 from ..graph.batch import Batch, value_of
-from ..graph.context import Context, NoRowForm, Parameter
-from ..graph.rewrite import rewrite
+from ..graph.context import Context, Parameter
+from ..graph.rewrite import rewrite_for_rows
 from ..lowering import torch_internals
 from ..lowering.inductor import compile_graph
 from ..sidefiles import FromBase, unpack
 from .bank import Bank, Base
 from .reserve import Reserve
-
-log = logging.getLogger(__name__)
 
 DEFAULT_SLOTS = 16
 
@@ -87,19 +84,14 @@ class TenantGraphs:
                 f"the batch size is fixed to {rows} while the model is traced, so rows cannot be told apart: let the "
                 "model read it from its inputs, or call it with one row at a time"
             )
-        while True:
-            parameters = {
-                node: Parameter(name, bank.stacks[name], value, bank.changed(name))
-                for node, value in given.items()
-                if (name := bank.base.by_id.get(id(value), "")) in bank.stacks and name not in bank.refused
-            }
-            try:
-                return rewrite(gm, parameters, batch)
-            except NoRowForm as error:
-                if error.parameter.tenants:
-                    raise
-                bank.refused[error.parameter.name] = str(error)
-                log.info("%s; no tenant changes it", error)
+        parameters = {
+            node: Parameter(name, bank.stacks[name], value, bank.changed(name))
+            for node, value in given.items()
+            if (name := bank.base.by_id.get(id(value), "")) in bank.stacks and name not in bank.refused
+        }
+        rewritten, context, refused = rewrite_for_rows(gm, parameters, batch)
+        bank.refused |= refused
+        return rewritten, context
 
 
 class TenantModel(nn.Module):
@@ -169,12 +161,7 @@ class TenantModel(nn.Module):
         """
         names = _names(tenants)
         with self._bank.lease(names) as slots:
-            rows = _rows(list(_tensors((args, kwargs))))
-            if rows != len(slots):
-                raise UnsupportedError(
-                    f"{len(slots)} tenants were given for inputs of {rows} rows: name one, or None, for each"
-                )
-            return self._run(self.base, slots, args, kwargs)
+            return self._run(self.base, slots, args, kwargs, repeated=False)
 
     def generate(
         self,
@@ -262,19 +249,30 @@ class TenantModel(nn.Module):
         """
         self._serve(self._graphs.over(self._bank.grown(slots, reserve, [_delta(delta) for delta in fit])))
 
-    def _run(self, module: nn.Module, slots: Sequence[int], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """`module`, the base or a part of it; inputs may repeat every row equally often (beams)."""
+    def _run(
+        self,
+        module: nn.Module,
+        slots: Sequence[int],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        repeated: bool = True,
+    ) -> Any:
+        """`module`, the base or a part of it; `repeated`: inputs may repeat every row equally often (beams)."""
+        # Aliases, because what marks a tensor's batch stays on it, and the caller's may go elsewhere.
+        args = tuple(map(_alias, args))
+        kwargs = {name: _alias(value) for name, value in kwargs.items()}
         tensors = list(_tensors((args, kwargs)))
         rows = _rows(tensors)
-        if not rows or not slots or rows % len(slots):
+        if not repeated and rows != len(slots):
+            raise UnsupportedError(
+                f"{len(slots)} tenants were given for inputs of {rows} rows: name one, or None, for each"
+            )
+        if not rows or rows % len(slots):
             raise UnsupportedError(f"inputs of {rows} rows cannot be divided among {len(slots)} tenants")
-        if rows > 1:
-            # Aliases, because what marks a tensor's batch stays on it, and the caller's may go elsewhere.
-            args = tuple(map(_alias, args))
-            kwargs = {name: _alias(value) for name, value in kwargs.items()}
-            for tensor in _tensors((args, kwargs)):
-                if tensor.dim() and tensor.shape[0] == rows:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        for tensor in tensors if rows > 1 else ():
+            if tensor.dim() and tensor.shape[0] == rows:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         index = torch.tensor(slots, dtype=torch.int32, device=self.device).repeat_interleave(rows // len(slots))
         call = self._graphs.call
         before, call.index = call.index, index
