@@ -17,10 +17,9 @@ from torch._dynamo.utils import counters
 import bitdelta_compile as bdc
 
 from .fleet import batch, check_rows, fleet, hidden
-from .plots import bars
+from .plots import bars, lines
 from .registry import Record, Run, case, require
 from .tenants_memory import available
-from .tenants_plots import lines
 from .timing import side_by_side
 
 TOKENS = 16

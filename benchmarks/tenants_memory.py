@@ -13,8 +13,8 @@ from bitdelta_compile.checkpoint import open_checkpoint
 from bitdelta_compile.delta import Delta
 
 from .fleet import Fleet, fleet
+from .plots import lines
 from .registry import Record, Run, case, require
-from .tenants_plots import lines
 
 LIMIT = 0.10  # of base + T * delta bytes: what may come on top
 MEGABYTE = 1e6
