@@ -8,6 +8,7 @@ Options, besides Inductor's own and `"mode"`:
     delta     a Delta or the path of one; the compiled model is its base
     release   True: let go of the tuned weights once they are packed; their parameters become the base's
     lower     "inductor" (default) or "eager": run the rewritten graph as it is
+    exact     True: no delta of a linear is rounded to the precision of a bf16 operand (see `delta_linear`)
     method, planes, rank    how `base` compresses, as in `compress`
 """
 
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 _binding = threading.RLock()  # threads that meet a new module at once compress it once
 
 _FIT = ("method", "planes", "rank")
-_OURS = ("base", "delta", "release", "lower", *_FIT)
+_OURS = ("base", "delta", "release", "lower", "exact", *_FIT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Options:
     settings: Settings | None
     release: bool
     lower: str
+    exact: bool
     inductor: Mapping[str, Any]
 
 
@@ -90,7 +92,7 @@ def bitdelta(
             "check that both are the same architecture"
         )
     # Dynamo hands over its source and its tracing state for this call only: compile now, bind again later.
-    rewritten, context = rewrite(gm, parameters)
+    rewritten, context = rewrite(gm, parameters, exact=parsed.exact)
     tensors = _Tensors.of(gm, context, parameters, example_inputs)
     remember(context, example_inputs)
     fixed = torch_internals.static_example
@@ -174,7 +176,7 @@ class _Compiled:
         tensors: _Tensors,
     ) -> None:
         self.gm, self.source, self.compiled, self.layout = gm, source, compiled, tensors.layout
-        self.release = options.release
+        self.release, self.exact = options.release, options.exact
         # A delta given by its path lives as long as a graph of it: the next graph of the model finds it loaded.
         self.owner = options.owner if isinstance(options.owner, Delta) else None
         self.first = tensors
@@ -200,7 +202,7 @@ class _Compiled:
 
     def _bind_new(self, args: Sequence[Any]) -> tuple[_Tensors, Callable[..., Any]]:
         parameters = self.source.parameters(self.gm, args, by_owner=True)
-        rewritten, context = rewrite(self.gm, parameters)
+        rewritten, context = rewrite(self.gm, parameters, exact=self.exact)
         tensors = _Tensors.of(self.gm, context, parameters, args)
         remember(context, args)
         compiled = self.compiled
@@ -231,9 +233,11 @@ def parse_options(options: Mapping[str, Any]) -> Options:
     lower = given.get("lower", "inductor")
     if lower not in ("inductor", "eager"):
         raise UnsupportedError(f'option lower must be "inductor" or "eager", got {lower!r}')
-    release = given.get("release", False)
-    if not isinstance(release, bool):
-        raise UnsupportedError(f"option release must be True or False, got {release!r}")
+    flags = {name: given.get(name, False) for name in ("release", "exact")}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise UnsupportedError(f"option {name} must be True or False, got {value!r}")
+    release = flags["release"]
     fit = {name: given[name] for name in _FIT if name in given}
     settings: Settings | None = None
     owner: Delta | nn.Module
@@ -254,7 +258,7 @@ def parse_options(options: Mapping[str, Any]) -> Options:
             )
         if fit:
             raise UnsupportedError(f"option {next(iter(fit))} belongs to compression, and this delta is already made")
-    return Options(owner, settings, release, lower, _inductor_options(options))
+    return Options(owner, settings, release, lower, flags["exact"], _inductor_options(options))
 
 
 def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if !defined(BITDELTA_AVX512) && !defined(BITDELTA_AVX2) && !defined(BITDELTA_PORTABLE)

@@ -109,16 +109,18 @@ class DeltaLinearTemplate(RowsTemplate):
     """One bitdelta::delta_linear."""
 
     source = "delta_linear.cpp.jinja"
-    headers = ("cpu_lanes.h", "cpu_tile.h", "cpu_lowrank.h", "cpu_groups.h")
+    headers = ("cpu_lanes.h", "cpu_delta.h", "cpu_sums.h", "cpu_tile.h", "cpu_lowrank.h", "cpu_groups.h")
 
-    def __init__(self, inputs: dict[str, Any], layout: ir.Layout, *, features: int) -> None:
+    def __init__(self, inputs: dict[str, Any], layout: ir.Layout, *, features: int, exact: bool) -> None:
         super().__init__(inputs, layout, "delta_linear")
         self.features = features
+        self.exact = exact or inputs["X"].get_dtype() != torch.bfloat16
 
     def sizes(self) -> dict[str, Any]:
         slots, planes, outputs, _ = self.inputs["Signs"].get_size()
         left = self.inputs["Left"]
         return {
+            "sums": "ExactSums" if self.exact else "RoundedSums",
             "has_col_scale": self.inputs["ColScale"] is not None,
             "K": self.features,
             "T": int(slots),

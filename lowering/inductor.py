@@ -60,6 +60,7 @@ def _delta_linear(
     tenant: Any,
     *,
     layout: str = "canonical",
+    exact: bool = False,
 ) -> Any:
     from torch._inductor import ir
     from torch._inductor.lowering import fallback_handler, to_dtype, view
@@ -90,7 +91,7 @@ def _delta_linear(
         for name, node in inputs.items()
     }
     result = ir.FixedLayout(device, dtype, [rows, outputs])
-    template: Any = _linear_template()(realized, result, features=int(features))
+    template: Any = _linear_template()(realized, result, features=int(features), exact=exact)
     return view(template.generate().output_node(), [*batch, outputs])
 
 

@@ -31,6 +31,7 @@ def delta_linear(
     tenant: Tensor | None,
     *,
     layout: str = "canonical",
+    exact: bool = False,
 ) -> Tensor:
     """The delta's share of a linear layer, each row with its own delta.
 
@@ -42,6 +43,8 @@ def delta_linear(
         x: [*, K], any float dtype; products are accumulated in fp32 (fp64 for fp64).
         signs, row_scale, col_scale, left, right, tenant: see the module docstring.
         layout: name of the sign layout; "canonical" is the only one so far.
+        exact: products of x itself, in fp32. Otherwise a compiled kernel may round x to integers of 16 bits for each
+            row, where x is bf16: the error is that of rounding the result to bf16. Eager kernels are always exact.
 
     Returns:
         [*, N] in x's dtype.
@@ -65,6 +68,7 @@ def _(
     tenant: Tensor | None,
     *,
     layout: str = "canonical",
+    exact: bool = False,
 ) -> Tensor:
     eager.check(x.shape[-1], signs, row_scale, col_scale, left, right, tenant, layout)
     eager.check_rows(math.prod(x.shape[:-1]), tenant)

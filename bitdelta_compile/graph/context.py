@@ -68,6 +68,7 @@ class Context:
         parameters: placeholder of the copy -> parameter.
         batch: None where the graph serves one fine-tune.
         tenant: the row index, an input that the pass adds; None without a batch.
+        exact: as of `delta_linear`.
         values: placeholder name -> tensor that takes the place of the one the caller passes.
         added: tensors of the other placeholders that the passes added, in order.
         uses: what was done, in graph order.
@@ -79,6 +80,7 @@ class Context:
     graph: fx.Graph
     parameters: dict[fx.Node, Parameter]
     batch: Batch | None = None
+    exact: bool = False
     tenant: fx.Node | None = None
     values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     added: list[Tensor] = dataclasses.field(default_factory=list)

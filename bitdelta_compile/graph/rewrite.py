@@ -35,7 +35,11 @@ _bitdelta = torch.ops.bitdelta
 
 
 def rewrite(
-    gm: fx.GraphModule, parameters: Mapping[fx.Node, Parameter], batch: Batch | None = None
+    gm: fx.GraphModule,
+    parameters: Mapping[fx.Node, Parameter],
+    batch: Batch | None = None,
+    *,
+    exact: bool = False,
 ) -> tuple[fx.GraphModule, Context]:
     """Rewrite a copy of a graph of torch-level or ATen calls.
 
@@ -44,6 +48,7 @@ def rewrite(
         parameters: its placeholders that are parameters.
         batch: for many tenants: the batch, whose every row may have its own; the copy takes the row index, int32
             [batch], as the first of the inputs added.
+        exact: no delta of a linear is rounded to the precision of its operand (see `delta_linear`).
 
     Returns:
         The rewritten copy and the context, which holds the tensors to call it with (see `Context`).
@@ -59,7 +64,9 @@ def rewrite(
         torch_internals.copy_source(original, node)
     rewritten = fx.GraphModule(gm, graph)
     rewritten.meta = dict(gm.meta)
-    context = Context(rewritten.graph, {copies[node]: parameter for node, parameter in parameters.items()}, batch)
+    context = Context(
+        rewritten.graph, {copies[node]: parameter for node, parameter in parameters.items()}, batch, exact
+    )
     for a_pass in PASSES:
         a_pass(context)
     rewritten.graph.lint()
@@ -68,7 +75,7 @@ def rewrite(
 
 
 def rewrite_for_rows(
-    gm: fx.GraphModule, parameters: Mapping[fx.Node, Parameter], batch: Batch
+    gm: fx.GraphModule, parameters: Mapping[fx.Node, Parameter], batch: Batch, *, exact: bool = False
 ) -> tuple[fx.GraphModule, Context, dict[str, str]]:
     """`rewrite` for many tenants, where a parameter that no tenant changes may stay the base's.
 
@@ -82,7 +89,7 @@ def rewrite_for_rows(
     while True:
         kept = {node: parameter for node, parameter in parameters.items() if parameter.name not in refused}
         try:
-            return *rewrite(gm, kept, batch), refused
+            return *rewrite(gm, kept, batch, exact=exact), refused
         except NoRowForm as error:
             if error.parameter.tenants:
                 raise
@@ -140,7 +147,8 @@ def split_linear(context: Context) -> None:
         total = node
         if stack.signs is not None:
             packed = context.inputs(parameter, stack, "signs", "row_scale", "col_scale", "left", "right")
-            delta = insert.call(_bitdelta.delta_linear.default, x, *packed, context.tenant)
+            exact = {"exact": True} if context.exact else {}
+            delta = insert.call(_bitdelta.delta_linear.default, x, *packed, context.tenant, **exact)
             if use.left:
                 delta = insert.call(torch.transpose, delta, -1, -2)
             total = insert.call(operator.add, total, insert.cast(delta, use.x, node))

@@ -34,6 +34,7 @@ def export(
     dynamic_shapes: Any = None,
     slots: int | None = None,
     reserve: Reserve | Mapping[str, Reserve] | None = None,
+    exact: bool = False,
 ) -> ExportedProgram:
     """Export a base together with one delta, or with those of many tenants.
 
@@ -45,6 +46,7 @@ def export(
         dynamic_shapes: as for `torch.export.export`; batches of one row are let in by `Dim("batch", min=1)` and
             example inputs of at least two rows.
         slots, reserve: for tenants by name, as in `merge`.
+        exact: no delta of a linear is rounded to the precision of a bf16 operand (see `delta_linear`).
 
     Returns:
         A program with the base's call signature and outputs, that shares the base's parameters.
@@ -61,9 +63,9 @@ def export(
     if isinstance(delta, Mapping):
         deltas = {name: _loaded(each) for name, each in delta.items()}
         bank = Bank(Base(base), deltas, slots or len(deltas), reserve)
-        return for_rows(program, undo(program, PREFIX, about.tied), bank, about)
+        return for_rows(program, undo(program, PREFIX, about.tied), bank, about, exact=exact)
     parameters = DeltaSource(_loaded(delta)).parameters(program.graph_module, _inputs(program), by_owner=True)
-    rewritten, context = rewrite(program.graph_module, parameters)
+    rewritten, context = rewrite(program.graph_module, parameters, exact=exact)
     module, _ = rewritten_module(program, rewritten, context, held_tensors(program))
     encodings = {p.name: described(p.encoding) for p in parameters.values()}
     add_buffer(module, METADATA, dataclasses.replace(about, encodings=encodings).tensor())

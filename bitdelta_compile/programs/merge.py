@@ -36,6 +36,7 @@ def merge(
     base: nn.Module | str | Path | None = None,
     slots: int | None = None,
     reserve: Reserve | Mapping[str, Reserve] | None = None,
+    exact: bool = False,
 ) -> ExportedProgram:
     """One program for many tenants from programs of one fine-tune each.
 
@@ -45,6 +46,7 @@ def merge(
             program that has it, or else the first reference in them.
         slots: how many tenants there is room for. Default: as many as there are programs.
         reserve: what a slot has room for, as in `attach`.
+        exact: as in `export`; how the programs were exported does not matter.
 
     Returns:
         A program with one input more, the keyword `tenant`, int32 [B]: the slot of every row of the batch, -1 for the
@@ -61,7 +63,7 @@ def merge(
     first = _with_weights(programs, base)
     bank = Bank(Base(first.module(check_guards=False)), deltas, slots or len(programs), reserve)
     about = dataclasses.replace(About.of(first), versions=versions())
-    return for_rows(first, _common_graph(programs), bank, about)
+    return for_rows(first, _common_graph(programs), bank, about, exact=exact)
 
 
 def _with_weights(programs: Mapping[str, ExportedProgram], base: nn.Module | str | Path | None) -> ExportedProgram:

@@ -29,7 +29,9 @@ from ..stack import Stack
 from .program import METADATA, PREFIX, TENANT, About, described
 
 
-def for_rows(program: ExportedProgram, graph: BaseGraph, bank: Bank, about: About) -> ExportedProgram:
+def for_rows(
+    program: ExportedProgram, graph: BaseGraph, bank: Bank, about: About, *, exact: bool = False
+) -> ExportedProgram:
     """A program for all tenants of a bank, with the row index as an input.
 
     Args:
@@ -37,6 +39,7 @@ def for_rows(program: ExportedProgram, graph: BaseGraph, bank: Bank, about: Abou
         graph: of its base.
         bank: its tensors become the program's.
         about: what the result says of itself, but for tenants and encodings.
+        exact: as of `rewrite`.
 
     Raises:
         UnsupportedError: a batch of fixed size; a parameter that differs between tenants and cannot be chosen per row.
@@ -45,7 +48,7 @@ def for_rows(program: ExportedProgram, graph: BaseGraph, bank: Bank, about: Abou
     if TENANT in kwargs:
         raise UnsupportedError(f"the model has an input named {TENANT!r} of its own: rename it")
     batch, rows = _batch(graph, args, kwargs)
-    rewritten, context = _rewrite(graph, bank, batch, about.tied)
+    rewritten, context = _rewrite(graph, bank, batch, about.tied, exact)
     assert context.tenant is not None
     module, signature = rewritten_module(program, rewritten, context, graph.held)
     stacks = {p.name: p.encoding for p in context.parameters.values() if isinstance(p.encoding, Stack)}
@@ -148,7 +151,9 @@ def _batch(graph: BaseGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return batch, rows
 
 
-def _rewrite(graph: BaseGraph, bank: Bank, batch: Batch, tied: Mapping[str, str]) -> tuple[fx.GraphModule, Context]:
+def _rewrite(
+    graph: BaseGraph, bank: Bank, batch: Batch, tied: Mapping[str, str], exact: bool
+) -> tuple[fx.GraphModule, Context]:
     """The graph for many tenants. What no tenant changes and cannot be chosen per row stays the base's."""
     parameters: dict[fx.Node, Parameter] = {}
     for node in graph.module.graph.find_nodes(op="placeholder"):
@@ -157,7 +162,7 @@ def _rewrite(graph: BaseGraph, bank: Bank, batch: Batch, tied: Mapping[str, str]
         if name in bank.stacks and node.users:
             stack, base = bank.stacks[name], bank.base.parameters[name]
             parameters[node] = Parameter(name, stack, base, bank.changed(name))
-    rewritten, context, _ = rewrite_for_rows(graph.module, parameters, batch)
+    rewritten, context, _ = rewrite_for_rows(graph.module, parameters, batch, exact=exact)
     return rewritten, context
 
 

@@ -46,14 +46,14 @@ class TenantGraphs:
         graphs: how many have been compiled.
     """
 
-    def __init__(self, bank: Bank, lower: str, dynamic: bool, options: Mapping[str, Any]) -> None:
-        self.bank, self.lower, self.dynamic, self.options = bank, lower, dynamic, dict(options)
+    def __init__(self, bank: Bank, lower: str, dynamic: bool, exact: bool, options: Mapping[str, Any]) -> None:
+        self.bank, self.lower, self.dynamic, self.exact, self.options = bank, lower, dynamic, exact, dict(options)
         self.call = _Call()
         self.graphs = 0
 
     def over(self, bank: Bank) -> TenantGraphs:
         """The same for another bank, with nothing compiled yet."""
-        return TenantGraphs(bank, self.lower, self.dynamic, self.options)
+        return TenantGraphs(bank, self.lower, self.dynamic, self.exact, self.options)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         index = self.call.index
@@ -89,7 +89,7 @@ class TenantGraphs:
             for node, value in given.items()
             if (name := bank.base.by_id.get(id(value), "")) in bank.stacks and name not in bank.refused
         }
-        rewritten, context, refused = rewrite_for_rows(gm, parameters, batch)
+        rewritten, context, refused = rewrite_for_rows(gm, parameters, batch, exact=self.exact)
         bank.refused |= refused
         return rewritten, context
 
@@ -347,6 +347,7 @@ def attach(
     reserve: Reserve | Mapping[str, Reserve] | None = None,
     dynamic: bool = True,
     lower: str = "inductor",
+    exact: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> TenantModel:
     """Serve many fine-tunes from one base.
@@ -360,6 +361,7 @@ def attach(
         dynamic: one graph for all batches of two rows and more. False: one for every batch size, with kernels for
             exactly that many rows; on a CPU decoding up to 32 rows is faster so.
         lower: "inductor", or "eager" to run the rewritten graphs as they are.
+        exact: no delta of a linear is rounded to the precision of a bf16 operand (see `delta_linear`).
         options: Inductor's.
 
     Raises:
@@ -376,7 +378,7 @@ def attach(
     deltas = {name: _delta(delta) for name, delta in tenants.items()}
     room = slots if slots is not None else max(DEFAULT_SLOTS, len(deltas) + 1)
     bank = Bank(Base(base), deltas, room, reserve)
-    return TenantModel(base, TenantGraphs(bank, lower, dynamic, options or {}))
+    return TenantModel(base, TenantGraphs(bank, lower, dynamic, exact, options or {}))
 
 
 def _delta(delta: Delta | str | Path) -> Delta:

@@ -168,6 +168,15 @@ def test_a_product_becomes_base_product_plus_packed_delta(name: str) -> None:
     assert not any(tensor.shape[-2:] == inputs["w"].shape for tensor in context.added)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_exactness_is_said_by_the_call(exact: bool) -> None:
+    build, _ = PRODUCTS["F.linear"]
+    case = Case(build, {"x": rand(5, K), "w": rand(N, K), "b": rand(N)}, {"w": sign(N, K)})
+    gm, _ = rewrite(case.gm, case.parameters, exact=exact)
+    (call,) = gm.graph.find_nodes(op="call_function", target=LINEAR)
+    assert call.kwargs.get("exact", False) is exact
+
+
 @pytest.mark.parametrize("shape", [(K,), (1, K), (2, 3, K), (0, K)])
 def test_every_shape_of_x(shape: tuple[int, ...]) -> None:
     case = Case(PRODUCTS["F.linear"][0], {"x": rand(*shape), "w": rand(N, K), "b": rand(N)}, {"w": sign(N, K)})

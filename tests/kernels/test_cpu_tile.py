@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -17,39 +18,60 @@ struct BFloat16 {
   operator float() const { const uint32_t word = uint32_t(bits) << 16; float f; std::memcpy(&f, &word, 4); return f; }
 };
 struct Sizes { int64_t M, P, N, K, step_m, step_n; };
-#define EXPORT(NAME, T)                                                                                              \
+#define EXPORT(NAME, SUMS, T)                                                                                        \
   extern "C" void NAME(const T* x, const int32_t* signs, const float* row_scale, const float* col_scale,             \
                        const int64_t* index, const Sizes* sizes, float* y) {                                         \
     const Sizes& s = *sizes;                                                                                         \
     const bitdelta::Delta delta{signs, row_scale, s.P, s.N, s.K};                                                    \
     for (int64_t m = 0; m < s.M; m += s.step_m)                                                                      \
       for (int64_t n = 0; n < s.N; n += s.step_n)                                                                    \
-        bitdelta::delta_tile(delta, col_scale, x, s.K, 1, index + m, std::min(s.step_m, s.M - m), n,                 \
-                             std::min(s.N, n + s.step_n), y + m * s.N + n, s.N);                                     \
+        bitdelta::delta_tile<bitdelta::SUMS>(delta, col_scale, x, s.K, 1, index + m, std::min(s.step_m, s.M - m), n, \
+                                             std::min(s.N, n + s.step_n), y + m * s.N + n, s.N);                     \
   }
-EXPORT(float32, float)
-EXPORT(bfloat16, BFloat16)
+EXPORT(exact_float32, ExactSums, float)
+EXPORT(exact_bfloat16, ExactSums, BFloat16)
+EXPORT(rounded_float32, RoundedSums, float)
+EXPORT(rounded_bfloat16, RoundedSums, BFloat16)
 """
 
 Tiles = Callable[..., Tensor]
 
 
 @pytest.fixture(scope="module")
-def tiles(build: Callable[[str], ctypes.CDLL]) -> Tiles:
-    """`tiles(x, signs, row_scale, col_scale, index, step_m, step_n)`: x[index] in tiles of that size, fp32."""
+def all_tiles(build: Callable[[str], ctypes.CDLL]) -> Tiles:
+    """`all_tiles(sums, x, signs, row_scale, col_scale, index, step_m, step_n)`: x[index] in tiles of that size, fp32."""
     library = build(WRAPPER)
 
     def call(
-        x: Tensor, signs: Tensor, row_scale: Tensor, col_scale: Tensor | None, index: Tensor, step_m: int, step_n: int
+        sums: str,
+        x: Tensor,
+        signs: Tensor,
+        row_scale: Tensor,
+        col_scale: Tensor | None,
+        index: Tensor,
+        step_m: int,
+        step_n: int,
     ) -> Tensor:
         planes, outputs, _ = signs.shape
         y = torch.full((index.numel(), outputs), torch.nan)
         pointers = [t if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x, signs, row_scale, col_scale, index)]
         sizes = (ctypes.c_int64 * 6)(index.numel(), planes, outputs, x.shape[1], step_m, step_n)
-        getattr(library, str(x.dtype).removeprefix("torch."))(*pointers, sizes, ctypes.c_void_p(y.data_ptr()))
+        function = getattr(library, f"{sums}_{str(x.dtype).removeprefix('torch.')}")
+        function(*pointers, sizes, ctypes.c_void_p(y.data_ptr()))
         return y
 
     return call
+
+
+@pytest.fixture(params=["exact", "rounded"])
+def sums(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def tiles(all_tiles: Tiles, sums: str) -> Tiles:
+    """`all_tiles` with exact and with rounded sums."""
+    return functools.partial(all_tiles, sums)
 
 
 def _case(
@@ -81,7 +103,13 @@ def _case(
     ],
 )
 def test_matches_the_reference(
-    tiles: Tiles, shape: tuple[int, int, int, int], step_m: int, step_n: int, dtype: torch.dtype, scaled: bool
+    tiles: Tiles,
+    sums: str,
+    shape: tuple[int, int, int, int],
+    step_m: int,
+    step_n: int,
+    dtype: torch.dtype,
+    scaled: bool,
 ) -> None:
     rows, planes, _, features = shape
     x, signs, row_scale, col_scale = _case(*shape, dtype, scaled)
@@ -89,8 +117,26 @@ def test_matches_the_reference(
     slot_col_scale = None if col_scale is None else col_scale.unsqueeze(0)
     expected = reference.delta_linear(x[index], signs.unsqueeze(0), row_scale.unsqueeze(0), slot_col_scale)
     found = tiles(x, signs, row_scale, col_scale, index, step_m, step_n)
-    bound = 4e-6 * (planes * features) ** 0.5 * float(row_scale.abs().max()) * float(x.abs().max())
+    largest = float(row_scale.abs().max()) * float(x.abs().max()) * (1.5 if scaled else 1.0)
+    bound = {"exact": 4e-6, "rounded": 8e-3}[sums] * (planes * features) ** 0.5 * largest
     assert float((found.double() - expected).abs().max()) <= bound
+
+
+def test_rounding_is_that_of_bf16(all_tiles: Tiles) -> None:
+    x, signs, row_scale, _ = _case(8, 1, 256, 4096, torch.bfloat16, False)
+    x[:, 7] = 40  # alone in its block: others keep their precision
+    expected = reference.delta_linear(x, signs.unsqueeze(0), row_scale.unsqueeze(0)).double()
+    found = all_tiles("rounded", x, signs, row_scale, None, torch.arange(8), 8, 256).double()
+    rounded = expected.bfloat16().double()
+    assert (found - expected).norm() <= 1.5 * (rounded - expected).norm()
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-20, 1e20, 1e35])
+def test_any_size_of_x(tiles: Tiles, size: float) -> None:
+    x, signs, row_scale, _ = _case(2, 1, 70, 300, torch.float32, False)
+    expected = reference.delta_linear(x, signs.unsqueeze(0), row_scale.unsqueeze(0)).double() * size
+    found = tiles(x * size, signs, row_scale, None, torch.arange(2), 2, 70).double()
+    assert (found - expected).norm() <= max(3e-3 * float(expected.norm()), 1e-35)
 
 
 def test_a_row_does_not_depend_on_its_company(tiles: Tiles) -> None:

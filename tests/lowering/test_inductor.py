@@ -261,6 +261,15 @@ assert "bitdelta_compile" not in sys.modules
     subprocess.run([sys.executable, "-I", "-c", script], check=True, cwd=tmp_path)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_bf16_rows_are_rounded_unless_exactness_is_asked_for(exact):
+    tensors = bank(1, 1, 64, 512)
+    run, _ = compiled(lambda x: ops.delta_linear(x, *tensors, None, exact=exact))
+    found, (code,) = run_and_get_code(run, x := torch.randn(4, 512).bfloat16())
+    assert re.findall(r"delta_tile<bitdelta::(\w+)>\(delta", code) == ["ExactSums" if exact else "RoundedSums"]
+    assert relative_error(found, reference.delta_linear(x, *tensors)) < TOLERANCE[torch.bfloat16]
+
+
 def test_other_dtypes_fall_back_to_the_eager_kernel():
     tensors = bank(1, 1, 20, 32)
     run, _ = compiled(lambda x: ops.delta_linear(x, *tensors, None) + 1)
