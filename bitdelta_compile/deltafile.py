@@ -95,6 +95,16 @@ def stored_tensors(encoding: Encoding) -> dict[str, Tensor]:
     return encoding.tensors() | under
 
 
+def require_finite(name: str, encoding: Encoding, tenant: str | None = None) -> None:
+    """DeltaFileError where an encoding holds NaN or infinite values, which no fit gives."""
+    for field, tensor in stored_tensors(encoding).items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            whose = "" if tenant is None else f"tenant {tenant}: "
+            raise DeltaFileError(
+                f"{whose}{name}: {field} holds NaN or infinite values: the delta is damaged, make it again"
+            )
+
+
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
 

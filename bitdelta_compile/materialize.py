@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, match_names, open_checkpoint
-from .deltafile import check_grown, stored_tensors
+from .deltafile import check_grown, require_finite
 from .encodings import Dense, Encoding, Rows, Sign
-from .errors import BaseMismatchError, BitDeltaError, DeltaFileError
+from .errors import BaseMismatchError, BitDeltaError
 from .fileformat import FormatError, TensorSpec, write_safetensors
 from .fingerprint import Fingerprint
 
@@ -82,9 +82,7 @@ class Merge:
     def produce(self, name: str) -> Tensor:
         """The tuned parameter, dense, on the CPU; at most two copies of it exist meanwhile."""
         encoding, target = self.encodings[name], self.target(name)
-        for field, tensor in stored_tensors(encoding).items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise DeltaFileError(f"{name}//{field} holds NaN or infinite values: the delta is damaged")
+        require_finite(name, encoding)
         base = torch.empty(0) if isinstance(encoding, Dense) else self.base.tensor(self._names[name]).cpu()
         tuned = encoding.apply(base)
         rounded = tuned.to(target)

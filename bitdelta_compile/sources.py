@@ -20,8 +20,9 @@ from . import released
 from .checkpoint import match_names
 from .compress.encode import Settings, encode, matrices_all_dense
 from .delta import Delta
+from .deltafile import require_finite
 from .encodings import Dense, Encoding, Rows
-from .errors import BaseMismatchError, DeltaFileError, UnsupportedError
+from .errors import BaseMismatchError, UnsupportedError
 from .graph.bind import parameter_inputs, tied_names
 from .graph.context import Parameter
 from .graph.patterns import View, embedding_ids
@@ -85,11 +86,7 @@ class DeltaSource:
                 "give the base a parameter of that shape before compiling, for instance with num_labels=... or "
                 "resize_token_embeddings(...)"
             )
-        for field, stored in encoding.tensors().items():
-            if stored.is_floating_point() and not bool(stored.isfinite().all()):
-                raise DeltaFileError(
-                    f"{name}: {field} holds NaN or infinite values: the delta is damaged, make it again"
-                )
+        require_finite(name, encoding)
         if name not in self._base_names or torch_internals.is_fake(tensor):
             return
         base_name = self._base_names[name]

@@ -1,7 +1,8 @@
 """The base linears of a rewritten graph at few rows on a CPU: our template instead of the library, or tuned against it.
 
 At decode sizes a linear's time is that of reading its weights, and the library's kernels for weights that are not known
-at compile time (the base stays an input, for tenants to share) fall short of the memory's speed. Only graphs that hold
+at compile time (the base stays an input, for tenants to share) fall short of the memory's speed. Where the number of
+rows is dynamic, the template itself hands more than `MOST_ROWS` to the library. Only graphs that hold
 `bitdelta::delta_linear` are concerned: every other compilation of the process is left as it is.
 """
 
@@ -57,7 +58,7 @@ def few_rows_linear(left: Any, right: Any) -> Any | None:
         return None
     inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(left)), right]
     result = ir.FixedLayout(left.get_device(), left.get_dtype(), [left.get_size()[0], outputs])
-    ours = _template()(inputs, result).generate()
+    ours = _template()(inputs, result, most_rows=MOST_ROWS).generate()
     if not (config.max_autotune or config.max_autotune_gemm):
         return ours.output_node()
 
@@ -71,7 +72,7 @@ def few_rows_linear(left: Any, right: Any) -> Any | None:
 
 def _dtype_and_rows_suit(left: Any) -> bool:
     rows, dtype = left.get_size()[0], left.get_dtype()
-    if left.get_device().type != "cpu" or not _static(rows) or not 0 < int(rows) <= MOST_ROWS:
+    if left.get_device().type != "cpu" or (_static(rows) and not 0 < int(rows) <= MOST_ROWS):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
+import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
@@ -131,17 +132,29 @@ class DeltaLinearTemplate(RowsTemplate):
 
 
 class BaseLinearTemplate(RowsTemplate):
-    """x @ w.T for few rows: inputs X [M, K] and W [K, N], a transposed view of contiguous rows of weights."""
+    """x @ w.T: inputs X [M, K] and W [K, N], a transposed view of contiguous rows of weights.
+
+    Args:
+        most_rows: that our kernel takes; where M is dynamic, more go to the library.
+    """
 
     source = "base_linear.cpp.jinja"
     headers = ("cpu_lanes.h", "cpu_base.h")
 
-    def __init__(self, inputs: list[Any], layout: ir.Layout) -> None:
+    def __init__(self, inputs: list[Any], layout: ir.Layout, *, most_rows: int) -> None:
         super().__init__(dict(zip(("X", "W"), inputs, strict=True)), layout, "base_linear")
+        self.most_rows = most_rows
 
     def sizes(self) -> dict[str, Any]:
         features, outputs = self.inputs["W"].get_size()
-        return {"K": int(features), "N": int(outputs), "is_bf16": self.inputs["X"].get_dtype() == torch.bfloat16}
+        x = self.inputs["X"]
+        return {
+            "K": int(features),
+            "N": int(outputs),
+            "is_bf16": x.get_dtype() == torch.bfloat16,
+            "most_rows": self.most_rows,
+            "dynamic": bool(sympy.sympify(x.get_size()[0]).free_symbols),
+        }
 
 
 def _copy(source: Any) -> ir.Pointwise:

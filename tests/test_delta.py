@@ -229,7 +229,7 @@ def test_damaged_values_are_found_on_use(field) -> None:
         encoding = rows((6, 37), [1], over=encoding)
     holder = encoding.over if isinstance(encoding, Rows) else encoding
     getattr(holder, field.rpartition(".")[2])[0, 0] = float("nan")
-    with pytest.raises(DeltaFileError, match=rf"sign//{field} holds NaN or infinite"):
+    with pytest.raises(DeltaFileError, match=rf"sign: {field} holds NaN or infinite"):
         list(make(base, {"sign": encoding}).materialize(base))
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from ..checkpoint import match_names, open_checkpoint
 from ..delta import Delta
+from ..deltafile import require_finite
 from ..encodings import Encoding, Matrix, Rows, Same
-from ..errors import DeltaFileError, UnsupportedError
+from ..errors import UnsupportedError
 from ..stack import Stack
 from .reserve import Reserve, plan
 from .slots import allocate, copy, write
@@ -86,7 +87,7 @@ class Base:
                     f"tenant {tenant} has {name}, which the base does not: attach the model that has it "
                     "(the same class as the fine-tune)"
                 )
-            _check_finite(tenant, name, encoding)
+            require_finite(name, encoding, tenant)
         return {ours: self._checked(tenant, ours, encoding) for ours, (_, encoding) in found.items()}
 
     def _checked(self, tenant: str, name: str, encoding: Encoding) -> Encoding:
@@ -127,17 +128,6 @@ def _grown_from(encoding: Encoding, base: Tensor) -> bool:
     assert isinstance(encoding, Matrix)
     rows, features = (base.shape[1], base.shape[0]) if encoding.transposed else (base.shape[0], base.shape[1])
     return encoding.in_features == features and encoding.out_features > rows
-
-
-def _check_finite(tenant: str, name: str, encoding: Encoding) -> None:
-    parts = [encoding, *([encoding.over] if isinstance(encoding, Rows) and encoding.over is not None else [])]
-    for part in parts:
-        for field, stored in part.tensors().items():
-            if stored.is_floating_point() and not bool(stored.isfinite().all()):
-                raise DeltaFileError(
-                    f"tenant {tenant}: {name}: {field} holds NaN or infinite values: the delta is damaged, "
-                    "make it again"
-                )
 
 
 class Bank:

@@ -358,8 +358,7 @@ def attach(
         slots: how many tenants the model can hold; default 16, or one more than there are.
         reserve: what a slot can hold beyond one sign plane for every matrix, a tensor of its own for every small
             parameter, and what the first tenants need: a `Reserve` for every matrix, or by parameter name.
-        dynamic: one graph for all batches of two rows and more. False: one for every batch size, with kernels for
-            exactly that many rows; on a CPU decoding up to 32 rows is faster so.
+        dynamic: one graph for all batches of two rows and more. False: one for every batch size.
         lower: "inductor", or "eager" to run the rewritten graphs as they are.
         exact: no delta of a linear is rounded to the precision of a bf16 operand (see `delta_linear`).
         options: Inductor's.

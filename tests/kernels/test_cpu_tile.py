@@ -39,7 +39,7 @@ Tiles = Callable[..., Tensor]
 
 @pytest.fixture(scope="module")
 def all_tiles(build: Callable[[str], ctypes.CDLL]) -> Tiles:
-    """`all_tiles(sums, x, signs, row_scale, col_scale, index, step_m, step_n)`: x[index] in tiles of that size, fp32."""
+    """`all_tiles(sums, x, signs, row_scale, col_scale, index, step_m, step_n)`: x[index], fp32, tile by tile."""
     library = build(WRAPPER)
 
     def call(

@@ -150,6 +150,36 @@ def test_the_base_beside_it(rows, dtype, biased):
     assert torch.equal(run(others, tenant)[-1], found[-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_base_of_any_number_of_rows_in_one_graph(dtype):
+    if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("no bf16 dot products: the library's linear is kept")
+    tensors, graphs = bank(70, 100), []
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return inductor.compile_graph(gm, inputs, {"cpp.threads": 2})
+
+    weight, bias = torch.randn(70, 100).to(dtype), torch.randn(70).to(dtype)
+    torch._dynamo.reset()
+    run = torch.compile(layer_of(weight, bias, tensors), backend=backend)
+    for rows in (5, 2, 31, 32, 33, 65, 200):
+        x, tenant = torch.randn(rows, 100).to(dtype), torch.arange(rows, dtype=torch.int32) % SLOTS - 1
+        for each in (x, tenant):
+            torch._dynamo.maybe_mark_dynamic(each, 0)
+        if not graphs:
+            _, (code,) = run_and_get_code(run, x, tenant)
+            assert "library_linear" in code
+            assert "extern_kernels." not in code
+        found = run(x, tenant)
+        expected = x.double() @ weight.double().T + bias.double() + reference.delta_linear(x, *tensors, tenant)
+        assert error(found, expected) < {torch.float32: 2e-6, torch.bfloat16: 6e-3}[dtype]
+        others = torch.randn(rows, 100).to(dtype)
+        others[-1] = x[-1]
+        assert torch.equal(run(others, tenant)[-1], found[-1])
+    assert len(graphs) == 1
+
+
 def test_the_base_keeps_the_librarys_linear_where_rows_are_many_or_there_is_no_delta():
     tensors = bank(70, 100)
     weight = torch.randn(70, 100)
