@@ -385,7 +385,7 @@ def test_folders_in_use_are_refused_and_failures_leave_nothing(tmp_path) -> None
         with pytest.raises(BitDeltaError, match="exists and is not an empty folder"):
             delta.save_pretrained(base, taken)
     encodings["bias"].value[0] = float("inf")
-    with pytest.raises(DeltaFileError, match="bias//value"):
+    with pytest.raises(DeltaFileError, match="bias: value"):
         delta.save_pretrained(base, tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["used"]
     (tmp_path / "empty").mkdir()
