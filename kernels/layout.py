@@ -2,6 +2,17 @@
 
 Canonical layout, used on disk, in `Delta` and by the reference: `signs` int32 [..., N, W] with W = ceil(K / 32). Bit j
 of word w is input feature k = 32 w + j; 1 means +1 and 0 means -1. Bits past K are 0 and never stand for a sign.
+
+Device layout `FRAGMENTS`, used by every kernel of kernels/tile.py: the same words in the order in which the matrix
+instructions of a GPU want them, int32 [..., ceil(N / 16), 64 ceil(K / 128)]. Words of 16 output rows lie together, in
+blocks of 256 features; of a block, the 32 lanes of a warp hold 4 words each, one 128-bit load. With row n = 16 tile +
+8 h + g and word w = 8 block + 4 s + q, where g < 8, h < 2, s < 2, q < 4,
+
+    place = 128 block + 4 (4 g + q) + 2 s + h
+
+which is operand A of `mma.m16n8k256` over bits and, read as pairs of 16-bit words, operand A of `mma.m16n8k16` over
+(half) words (PTX ISA, matrix fragments). Where ceil(K / 128) is odd, the last block has no s = 1: its words lie at
+128 block + 2 (4 g + q) + h. Rows past N and words past W are 0.
 """
 
 from __future__ import annotations
@@ -11,6 +22,10 @@ from torch import Tensor
 
 WORD_BITS = 32
 CANONICAL = "canonical"
+FRAGMENTS = "fragments_16x256"
+TILE_ROWS = 16
+BLOCK_FEATURES = 256
+_HALF_WORDS = 4  # words per row of half a block
 
 
 def words(features: int) -> int:
@@ -85,6 +100,88 @@ def check_ragged_bits(signs: Tensor, features: int) -> None:
         raise ValueError(f"signs carry bits past feature {features}: not the canonical layout")
 
 
+def packed_shape(outputs: int, features: int, layout: str) -> tuple[int, int]:
+    """The last two sizes of the signs of N x K weights in `layout`; sizes may be symbolic.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    if layout == CANONICAL:
+        return outputs, words(features)
+    if layout == FRAGMENTS:
+        return -(-outputs // TILE_ROWS), TILE_ROWS * _HALF_WORDS * -(-features // (_HALF_WORDS * WORD_BITS))
+    raise ValueError(f"unknown sign layout {layout!r}: this build has {CANONICAL!r} and {FRAGMENTS!r}")
+
+
+def layout_of(signs: Tensor, outputs: int, features: int) -> str:
+    """The layout of the signs of N x K weights, by their sizes: no two layouts share them.
+
+    Raises:
+        ValueError: sizes of no layout.
+    """
+    for layout in (CANONICAL, FRAGMENTS):
+        if tuple(signs.shape[-2:]) == packed_shape(outputs, features, layout):
+            return layout
+    raise ValueError(f"signs of shape {list(signs.shape)} are those of no layout of {outputs} x {features} weights")
+
+
+def padding_bytes(outputs: int, features: int, layout: str) -> int:
+    """Bytes that one plane of N x K signs takes in `layout` beyond its canonical words."""
+    rows, columns = packed_shape(outputs, features, layout)
+    return 4 * (rows * columns - outputs * words(features))
+
+
+def to_layout(signs: Tensor, features: int, layout: str) -> Tensor:
+    """Canonical signs int32 [..., N, W] in `layout`, contiguous, on the same device; `from_layout` is the inverse."""
+    check_words(signs, features)
+    *batch, outputs, width = signs.shape
+    rows, columns = packed_shape(outputs, features, layout)
+    if layout == CANONICAL:
+        return signs.contiguous()
+    padded = columns // TILE_ROWS
+    signs = torch.nn.functional.pad(signs, (0, padded - width, 0, rows * TILE_ROWS - outputs))
+    tiles = signs.reshape(*batch, rows, 2, 8, padded)  # [..., tile, h, g, word]
+    whole = padded // (2 * _HALF_WORDS)
+    blocks = tiles[..., : whole * 2 * _HALF_WORDS].unflatten(
+        -1, (whole, 2, _HALF_WORDS)
+    )  # [..., tile, h, g, block, s, q]
+    blocks = blocks.movedim((-3, -5, -4, -1, -2), (-5, -1, -4, -3, -2)).flatten(-5)  # block, g, q, s, h
+    half = tiles[..., whole * 2 * _HALF_WORDS :]  # [..., tile, h, g, q or nothing]
+    return torch.cat([blocks, half.movedim(-3, -1).flatten(-3)], -1).contiguous()
+
+
+def from_layout(signs: Tensor, outputs: int, features: int, layout: str) -> Tensor:
+    """Signs of N x K weights in `layout` as canonical words, int32 [..., N, W].
+
+    Raises:
+        ValueError: a shape that is not that of N x K weights in `layout`.
+    """
+    check_packed(signs, outputs, features, layout)
+    if layout == CANONICAL:
+        return signs
+    rows, columns = packed_shape(outputs, features, layout)
+    padded = columns // TILE_ROWS
+    whole = padded // (2 * _HALF_WORDS)
+    split = whole * 2 * _HALF_WORDS * TILE_ROWS
+    blocks = signs[..., :split].unflatten(-1, (whole, 8, _HALF_WORDS, 2, 2))  # [..., tile, block, g, q, s, h]
+    blocks = blocks.movedim((-5, -1, -4, -3, -2), (-3, -5, -4, -1, -2)).flatten(-3)  # [..., tile, h, g, word]
+    half = signs[..., split:].unflatten(-1, (8, padded - 2 * _HALF_WORDS * whole, 2)).movedim(-1, -3)
+    tiles = torch.cat([blocks, half], -1).reshape(*signs.shape[:-2], rows * TILE_ROWS, padded)
+    return tiles[..., :outputs, : words(features)].contiguous()
+
+
+def check_packed(signs: Tensor, outputs: int, features: int, layout: str) -> None:
+    """Raise ValueError unless `signs` is int32 [..., *packed_shape]."""
+    if layout == CANONICAL:
+        check_words(signs, features)
+    expected = packed_shape(outputs, features, layout)
+    if signs.dtype != torch.int32 or signs.dim() < 2 or tuple(signs.shape[-2:]) != expected:
+        raise ValueError(
+            f"signs of {outputs} x {features} weights in layout {layout!r} must be int32 [..., {expected[0]}, "
+            f"{expected[1]}], got {signs.dtype} {list(signs.shape)}"
+        )
+
+
 def check_bank(
     signs: Tensor,
     row_scale: Tensor,
@@ -92,23 +189,30 @@ def check_bank(
     left: Tensor | None,
     right: Tensor | None,
     features: int,
+    layout: str = CANONICAL,
 ) -> None:
     """Check the shapes of one parameter's stacked delta; sizes may be symbolic.
 
     Args:
-        signs: int32 [T, P, N, W].
+        signs: int32 [T, P, N, W] in the canonical layout, [T, P, *packed_shape] in another.
         row_scale: float [T, P, N].
         col_scale: float [T, P, K] or None.
         left, right: [T, N, r] and [T, r, K], both or neither.
-        features: K.
+        features: K.  layout: of the signs.
 
     Raises:
         ValueError: naming the tensor, its shape and the shape expected.
     """
     if signs.dim() != 4:
         raise ValueError(f"signs must be int32 [T, P, N, W], got {list(signs.shape)}")
-    check_words(signs, features)
     slots, planes, rows, _ = signs.shape
+    if layout == CANONICAL:
+        check_words(signs, features)
+    elif row_scale.dim() != 3:
+        raise ValueError(f"row_scale must be [{slots}, {planes}, N], got {list(row_scale.shape)}")
+    else:
+        rows = row_scale.shape[2]
+        check_packed(signs, rows, features, layout)
     if tuple(row_scale.shape) != (slots, planes, rows):
         raise ValueError(
             f"row_scale must be {[slots, planes, rows]} to match signs {list(signs.shape)}, got {list(row_scale.shape)}"

@@ -85,3 +85,43 @@ def test_banks_that_do_not_fit_are_refused_by_name(change, message):
     layout.check_bank(**given_bank, features=40)
     with pytest.raises(ValueError, match=message):
         layout.check_bank(**(given_bank | change), features=40)
+
+
+@given(shapes, st.integers(1, 40), st.integers(1, 600), seeds)
+@settings(deadline=None, max_examples=60)
+def test_the_device_layout_round_trips(shape, rows, count, seed):
+    signs = layout.pack(random_bits((*shape, rows), count, seed))
+    made = layout.to_layout(signs, count, layout.FRAGMENTS)
+    assert made.shape == (*shape, *layout.packed_shape(rows, count, layout.FRAGMENTS))
+    assert torch.equal(layout.from_layout(made, rows, count, layout.FRAGMENTS), signs)
+    if not shape:
+        assert made.nbytes - signs.nbytes == layout.padding_bytes(rows, count, layout.FRAGMENTS)
+
+
+@pytest.mark.parametrize("count", [31, 128, 130, 384, 520])
+def test_a_word_of_the_device_layout_is_where_its_definition_says(count):
+    signs = layout.pack(random_bits((40,), count, 0))
+    made = layout.to_layout(signs, count, layout.FRAGMENTS)
+    for n in range(40):
+        for w in range(layout.words(count)):
+            tile, h, g = n // 16, n // 8 % 2, n % 8
+            block, s, q = w // 8, w // 4 % 2, w % 4
+            is_half = -(-count // 128) % 2 == 1 and block == count // 256
+            place = 128 * block + (2 * (4 * g + q) + h if is_half else 4 * (4 * g + q) + 2 * s + h)
+            assert made[tile, place] == signs[n, w]
+
+
+def test_the_device_layout_pads_little():
+    assert layout.padding_bytes(384, 384, layout.FRAGMENTS) == 0
+    assert layout.padding_bytes(4096, 14336, layout.FRAGMENTS) == 0
+    assert layout.padding_bytes(17, 129, layout.FRAGMENTS) == 4 * (32 * 8 - 17 * 5)
+    with pytest.raises(ValueError, match="unknown sign layout 'swizzled'"):
+        layout.packed_shape(16, 16, "swizzled")
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 2), (2, 1, 1, 65), (1, 64)])
+def test_signs_of_another_layout_are_refused(shape):
+    with pytest.raises(ValueError, match=r"fragments_16x256|\[T, P, N, W\]"):
+        layout.check_bank(
+            torch.zeros(shape, dtype=torch.int32), torch.ones(2, 1, 5), None, None, None, 40, layout.FRAGMENTS
+        )

@@ -1,0 +1,181 @@
+"""The only table of kernel shapes, and the only place that picks a kernel: by static facts, never by a tensor's data.
+
+Needs no triton. Which entry is fastest has not been measured on a device: the order within a list is a guess from
+instruction counts and occupancy, and autotuning takes any entry of the list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+
+import torch
+
+from .layout import CANONICAL, FRAGMENTS
+
+DECODE_ROWS = 64
+BINARY_FEATURES = 32768  # up to which its int32 sums are exact
+
+
+@dataclasses.dataclass(frozen=True)
+class Binary:
+    """Binary products of WN R tiles of 16 outputs and G rows of a slot, with WN WK warps and U blocks each per step."""
+
+    R: int
+    G: int
+    WN: int
+    WK: int
+    U: int
+
+    @property
+    def warps(self) -> int:
+        return self.WN * self.WK
+
+    @property
+    def tiles(self) -> int:
+        return self.WN * self.R
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """Exact products of W R tiles of 16 outputs and BM rows of a slot, with W warps and U blocks per step."""
+
+    R: int
+    W: int
+    U: int
+    BM: int
+    STAGES: int
+
+    @property
+    def warps(self) -> int:
+        return self.W
+
+    @property
+    def tiles(self) -> int:
+        return self.W * self.R
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """Base and binary delta in one launch: the delta's part as `delta` says, the base's in steps of BK features and
+    `SPLIT` parts of K, with STAGES of loads under way. One tile of outputs for both."""
+
+    delta: Binary
+    BK: int
+    SPLIT: int
+    STAGES: int
+
+    @property
+    def warps(self) -> int:
+        return self.delta.warps
+
+    @property
+    def tiles(self) -> int:
+        return self.delta.tiles
+
+
+# One row of each slot; the second for grids too small to fill a GPU; the third where several rows share a slot.
+BINARY_DECODE = (Binary(4, 1, 1, 4, 1), Binary(2, 1, 1, 8, 1), Binary(2, 4, 1, 4, 1))
+EXACT_DECODE = (Exact(2, 4, 2, 8, 2),)
+FUSED_DECODE = (Fused(BINARY_DECODE[0], 64, 4, 4), Fused(BINARY_DECODE[2], 64, 4, 4))
+PREFILL = (Exact(2, 4, 2, 64, 1), Exact(1, 8, 4, 128, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one delta_linear runs: an entry of the table, and how x is represented.
+
+    Attributes:
+        config: the entry.
+        wide: binary only: 24 bits of x instead of 16.
+        splits: exact only: bf16 parts of x.
+        sorted: rows are sorted into segments first (prefill); otherwise each group is led by one of its rows.
+        form: how bits become numbers, see `tile.bit_operand`; in a fused kernel, how the base is multiplied.
+    """
+
+    config: Binary | Exact | Fused
+    wide: bool = False
+    splits: int = 1
+    sorted: bool = False
+    form: str = "asm"
+
+
+def architecture(device: torch.device) -> str | int | None:
+    """Compute capability of a CUDA device as an int (90 for 9.0), the name of an AMD one, None for anything else."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+@functools.cache
+def device_layout(device: torch.device) -> str:
+    """The layout that signs have on a device: that of its kernels where it has some."""
+    arch = architecture(device)
+    kernels = arch is not None and not (isinstance(arch, int) and arch < 80)
+    return FRAGMENTS if kernels and importlib.util.find_spec("triton") is not None else CANONICAL
+
+
+def splits(dtype: torch.dtype, column: bool, exact: bool) -> int:
+    """bf16 parts that hold x: all its bits, or with column scales and no call for exactness its own precision."""
+    own = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
+    return 3 if column and exact else own
+
+
+def choose(
+    arch: str | int | None,
+    rows: int,
+    slots: int,
+    outputs: int,
+    features: int,
+    dtype: torch.dtype,
+    *,
+    column: bool,
+    exact: bool = False,
+    layout: str = FRAGMENTS,
+) -> Plan | None:
+    """The kernel for M rows of x and N x K signs of T slots; None where only PyTorch will do.
+
+    Args:
+        arch: see `architecture`.  rows: M.  slots: T.  outputs: N.  features: K.  dtype: of x.
+        column: whether there is a `col_scale`.
+        exact: whether x may not be rounded.
+        layout: of the signs.
+    """
+    if layout != FRAGMENTS or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    if arch is None or (isinstance(arch, int) and arch < 80) or not (rows and outputs and features):
+        return None
+    form = "asm" if isinstance(arch, int) else "plain"
+    if rows > DECODE_ROWS:
+        return Plan(PREFILL[0], splits=splits(dtype, column, exact), sorted=True, form=form)
+    # From sm_100 on there is no binary MMA: it would be emulated.
+    if exact or not isinstance(arch, int) or arch >= 100 or features > BINARY_FEATURES:
+        return Plan(EXACT_DECODE[0], splits=splits(dtype, column, True), form=form)
+    wide = column or dtype == torch.float32  # x that has more than 16 bits
+    if rows > slots:
+        return Plan(BINARY_DECODE[2], wide=wide)
+    few = -(-outputs // (16 * BINARY_DECODE[0].tiles)) * rows < 256
+    return Plan(BINARY_DECODE[1 if few else 0], wide=wide)
+
+
+def choose_fused(
+    arch: str | int | None,
+    rows: int,
+    slots: int,
+    outputs: int,
+    features: int,
+    dtype: torch.dtype,
+    *,
+    column: bool,
+    exact: bool = False,
+    layout: str = FRAGMENTS,
+) -> Plan | None:
+    """The kernel for base and delta in one launch, where there is one; arguments as in `choose`."""
+    plan = choose(arch, rows, slots, outputs, features, dtype, column=column, exact=exact, layout=layout)
+    if plan is None or not isinstance(plan.config, Binary):
+        return None
+    return dataclasses.replace(plan, config=FUSED_DECODE[1 if plan.config.G > 1 else 0])

@@ -1,0 +1,62 @@
+"""Every GPU kernel with every entry of the tuning table, compiled ahead of time: no spills, few instructions."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("triton")
+
+# The folder as a package under another name: it is not installed, and the repository must not be on `sys.path`.
+sys.modules["measured"] = ModuleType("measured")
+sys.modules["measured"].__path__ = [str(Path(__file__).parents[2] / "benchmarks")]
+ledger = importlib.import_module("measured.ledger")
+
+ENTRIES = [(entry, target) for entry in ledger.entries() for target in entry.targets]
+HOT_LOOP = {  # thread-instructions per weight on sm_90
+    "binary": 0.06,
+    "binary 24 bit": 0.075,
+    "fused": 0.06,
+    "exact": 1.0,
+    "exact 3 parts": 1.4,
+    "exact with base": 1.0,
+    "prefill": 1.4,
+    "prefill 3 parts": 2.2,
+    "prefill with base": 1.5,
+}
+
+
+@pytest.mark.parametrize(("entry", "target"), ENTRIES, ids=[f"{entry.name}-{target}" for entry, target in ENTRIES])
+def test_every_entry_compiles_and_keeps_its_limits(entry, target):
+    compiled = ledger.compile_for(entry, target)
+    record = ledger.count(entry, target, compiled)
+    assert record["spills"] == 0
+    assert record["shared"] <= (64 << 10 if target == "gfx942" else 99 << 10)
+    kind = re.sub(r" [A-Z]+\d+", "", entry.name)  # without the entry of the table
+    if target == 90 and kind in HOT_LOOP:
+        assert record["per_weight"] <= HOT_LOOP[kind]
+    if target in (80, 89, 90) and entry.config is not None:
+        fragments_are_loaded_as_they_are_multiplied(entry, compiled, record)
+
+
+def fragments_are_loaded_as_they_are_multiplied(entry, compiled, record):
+    """Signs go from memory to the matrix instructions without passing through another lane or shared memory."""
+    text = compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.(.*)$", text, re.MULTILINE))
+    if entry.kernel == "exact_kernel":
+        assert not re.search(r"local_(alloc|store).*tensor<\d+x\d+xi16", text)
+        weights = re.findall(r"(#ttg\.dot_op<\{opIdx = 0, parent = #\w+)", text)
+        assert weights
+        assert "SHFL" not in record["loop"]
+        return
+    used = set(re.findall(r"elementwise_inline_asm \"mma\.sync.*?(#\w+)>", text))
+    assert used
+    for name in used:
+        assert "sizePerThread = [1, 1, 1, 4], threadsPerWarp = [1, 1, 1, 32]" in layouts[name]
+        assert f"warpsPerCTA = [{entry.warps}, 1, 1, 1]" in layouts[name]
+    assert not {"SHFL", "LDS", "STS", "BAR", "LDSM"} & set(record["loop"])
