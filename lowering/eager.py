@@ -1,4 +1,5 @@
-"""The eager kernels of the ops: plain PyTorch on any device, unpacking at most `BLOCK` signs at a time.
+"""The eager kernels of the ops: plain PyTorch on any device, unpacking at most `BLOCK` signs at a time, and on a GPU
+ours of `device` where there is one.
 
 What they compute for a row does not depend on the row index of the others: every product covers all rows, and the rows
 of the slot are selected afterwards. Shapes and semantics are those of `ops`.
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.layout import CANONICAL, check_bank, unpack_signs
+from ..kernels.layout import CANONICAL, check_bank, from_layout, unpack_signs
+from . import device
 
 BLOCK = 1 << 20  # signs unpacked at a time: 4 MB in fp32
 
@@ -31,9 +33,7 @@ def check(
     tenant: Tensor | None,
     layout: str,
 ) -> None:
-    if layout != CANONICAL:
-        raise ValueError(f"unknown sign layout {layout!r}: this build has {CANONICAL!r}")
-    check_bank(signs, row_scale, col_scale, left, right, features)
+    check_bank(signs, row_scale, col_scale, left, right, features, layout)
     if tenant is not None and (tenant.dim() != 1 or tenant.dtype != torch.int32):
         raise ValueError(f"the row index must be int32 [R], got {tenant.dtype} {list(tenant.shape)}")
     if tenant is None and signs.shape[0] != 1:
@@ -64,7 +64,7 @@ def _slots(entries: Tensor | None, slots: int) -> Iterator[tuple[int, Tensor | N
         return
     for slot in range(slots):
         mine = entries == slot
-        if bool(mine.any()):
+        if mine.is_cuda or bool(mine.any()):  # asking a GPU would stop it, and no graph could capture that
             yield slot, mine.unsqueeze(-1)
 
 
@@ -85,10 +85,17 @@ def delta_linear(
     right: Tensor | None,
     tenant: Tensor | None,
     layout: str,
+    exact: bool = False,
 ) -> Tensor:
     """See `ops.delta_linear`."""
     features = x.shape[-1]
     check(features, signs, row_scale, col_scale, left, right, tenant, layout)
+    if x.is_cuda or layout != CANONICAL:
+        check_rows(x.numel() // max(features, 1), tenant)
+        found = device.delta_linear(x, signs, row_scale, col_scale, left, right, tenant, layout, exact)
+        if found is not None:
+            return found
+        signs = from_layout(signs, row_scale.shape[2], features, layout)
     dtype = _accumulation_dtype(x.dtype)
     flat = x.reshape(-1, features).to(dtype)
     rows, (slots, planes, outputs, _) = flat.shape[0], signs.shape
@@ -121,6 +128,7 @@ def delta_linear_backward(
     """See `ops.delta_linear_backward`."""
     features = x.shape[-1]
     check(features, signs, row_scale, col_scale, left, right, tenant, layout)
+    signs = from_layout(signs, row_scale.shape[2], features, layout)
     dtype = _accumulation_dtype(x.dtype)
     flat = x.reshape(-1, features).to(dtype)
     rows, (slots, planes, outputs, _) = flat.shape[0], signs.shape
@@ -165,6 +173,14 @@ def delta_embedding(
 ) -> Tensor:
     """See `ops.delta_embedding`."""
     check(embedding_dim, signs, row_scale, col_scale, left, right, tenant, layout)
+    if signs.is_cuda or layout != CANONICAL:
+        check_rows(ids.numel(), tenant)
+        found = device.delta_embedding(
+            ids, signs, row_scale, col_scale, left, right, tenant, embedding_dim, dtype, layout
+        )
+        if found is not None:
+            return found
+        signs = from_layout(signs, row_scale.shape[2], embedding_dim, layout)
     slot, row, valid = _lookup(ids, signs, tenant)
     wide = _accumulation_dtype(dtype)
     y = _embedding_terms(signs, row_scale, col_scale, slot, row, embedding_dim, wide).sum(1)
@@ -188,6 +204,7 @@ def delta_embedding_backward(
     """See `ops.delta_embedding_backward`."""
     features = grad.shape[-1]
     check(features, signs, row_scale, col_scale, left, right, tenant, layout)
+    signs = from_layout(signs, row_scale.shape[2], features, layout)
     slot, row, valid = _lookup(ids, signs, tenant)
     dtype = _accumulation_dtype(grad.dtype)
     upstream = torch.where(valid.unsqueeze(-1), grad.reshape(-1, features).to(dtype), 0)  # [M, K]

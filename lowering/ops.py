@@ -42,9 +42,11 @@ def delta_linear(
     Args:
         x: [*, K], any float dtype; products are accumulated in fp32 (fp64 for fp64).
         signs, row_scale, col_scale, left, right, tenant: see the module docstring.
-        layout: name of the sign layout; "canonical" is the only one so far.
-        exact: products of x itself, in fp32. Otherwise a compiled kernel may round x to integers of 16 bits for each
-            row, where x is bf16: the error is that of rounding the result to bf16. Eager kernels are always exact.
+        layout: name of the layout of signs, "canonical" or that of the GPU kernels; see `kernels.layout`. In another
+            than the canonical one signs are [T, P, *packed_shape(N, K, layout)].
+        exact: products of x itself, in fp32. Otherwise a kernel may round x to integers of 16 bits for each row, where
+            x is bf16: the error is that of rounding the result to bf16; on a GPU to 16 bits where x has no more, else
+            to 24. PyTorch's form is always exact.
 
     Returns:
         [*, N] in x's dtype.
@@ -54,7 +56,7 @@ def delta_linear(
 
     Source: BitDelta, arXiv 2402.10193, equations 1 and 2; per-row and per-column scales after arXiv 2512.19720.
     """
-    return eager.delta_linear(x, signs, row_scale, col_scale, left, right, tenant, layout)
+    return eager.delta_linear(x, signs, row_scale, col_scale, left, right, tenant, layout, exact)
 
 
 @delta_linear.register_fake
@@ -72,7 +74,7 @@ def _(
 ) -> Tensor:
     eager.check(x.shape[-1], signs, row_scale, col_scale, left, right, tenant, layout)
     eager.check_rows(math.prod(x.shape[:-1]), tenant)
-    return x.new_empty(*x.shape[:-1], signs.shape[2])
+    return x.new_empty(*x.shape[:-1], row_scale.shape[2])
 
 
 @torch.library.custom_op("bitdelta::delta_linear_backward", mutates_args=())

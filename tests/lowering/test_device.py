@@ -1,0 +1,88 @@
+"""The ops on signs in the layout of the GPU kernels, where none of them can run; which kernel a GPU would get."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from bitdelta_compile.kernels import configs, layout
+from bitdelta_compile.lowering import device, ops
+
+
+def bank(slots, outputs, features):
+    signs = layout.pack(torch.rand(slots, 2, outputs, features, generator=torch.Generator().manual_seed(0)) < 0.5)
+    scales = torch.rand(slots, 2, outputs), torch.rand(slots, 2, features)
+    return signs, *scales, torch.randn(slots, outputs, 3).bfloat16(), torch.randn(slots, 3, features).bfloat16()
+
+
+def test_without_a_gpu_both_layouts_give_the_same_and_one_line_says_so(caplog):
+    signs, *rest = bank(3, 20, 300)
+    made = layout.to_layout(signs, 300, layout.FRAGMENTS)
+    tenant = torch.tensor([2, -1, 0], dtype=torch.int32)
+    x, ids = torch.randn(3, 5, 300), torch.randint(0, 20, (3, 5))
+    device._log_fallback.cache_clear()
+    for _ in range(2):
+        found = ops.delta_linear(x, made, *rest, tenant, layout=layout.FRAGMENTS)
+        assert torch.equal(found, ops.delta_linear(x, signs, *rest, tenant))
+        options = {"embedding_dim": 300, "dtype": torch.float32}
+        looked_up = ops.delta_embedding(ids, made, *rest, tenant, **options, layout=layout.FRAGMENTS)
+        assert torch.equal(looked_up, ops.delta_embedding(ids, signs, *rest, tenant, **options))
+    assert len([record for record in caplog.records if "plain PyTorch" in record.message]) == 1
+
+
+def test_shapes_and_gradients_in_the_layout_of_the_kernels():
+    signs, *rest = bank(2, 20, 40)
+    made = layout.to_layout(signs, 40, layout.FRAGMENTS)
+    tenant = torch.tensor([1, -1], dtype=torch.int32)
+    x = torch.randn(2, 40, requires_grad=True)
+    torch.library.opcheck(ops.delta_linear, (x, made, *rest, tenant), {"layout": layout.FRAGMENTS})
+    options = {"embedding_dim": 40, "dtype": torch.float32, "layout": layout.FRAGMENTS}
+    torch.library.opcheck(ops.delta_embedding, (torch.tensor([3, 19]), made, *rest, tenant), options)
+
+
+def test_the_package_works_where_triton_cannot_be_imported():
+    source = (
+        "import sys; sys.modules['triton'] = None; import torch\n"
+        "from bitdelta_compile.kernels import layout\nfrom bitdelta_compile.lowering import device, ops\n"
+        "signs = layout.to_layout(torch.zeros(1, 1, 4, 2, dtype=torch.int32), 40, layout.FRAGMENTS)\n"
+        "print(ops.delta_linear(torch.ones(1, 40), signs, torch.ones(1, 1, 4), None, None, None, None,"
+        " layout=layout.FRAGMENTS)[0, 0].item(), device._kernels('delta_linear'))"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["-40.0", "None"]
+    assert done.stderr.count("\n") <= 1
+
+
+FACTS = {"outputs": 4096, "features": 4096, "dtype": torch.bfloat16, "column": False}
+
+
+@pytest.mark.parametrize(
+    ("arch", "rows", "slots", "change", "expected"),
+    [
+        (90, 16, 16, {}, configs.Plan(configs.BINARY_DECODE[0])),
+        (90, 1, 1, {}, configs.Plan(configs.BINARY_DECODE[1])),
+        (80, 32, 4, {}, configs.Plan(configs.BINARY_DECODE[2])),
+        (90, 16, 16, {"column": True}, configs.Plan(configs.BINARY_DECODE[0], wide=True)),
+        (90, 16, 16, {"dtype": torch.float32}, configs.Plan(configs.BINARY_DECODE[0], wide=True)),
+        (90, 16, 16, {"exact": True}, configs.Plan(configs.EXACT_DECODE[0])),
+        (90, 16, 16, {"exact": True, "column": True}, configs.Plan(configs.EXACT_DECODE[0], splits=3)),
+        (120, 16, 16, {"dtype": torch.float16}, configs.Plan(configs.EXACT_DECODE[0], splits=2)),
+        ("gfx942", 16, 16, {}, configs.Plan(configs.EXACT_DECODE[0], form="plain")),
+        (90, 16, 16, {"features": 40000}, configs.Plan(configs.EXACT_DECODE[0])),
+        (90, 4096, 4, {}, configs.Plan(configs.PREFILL[0], sorted=True)),
+        (90, 16, 16, {"layout": layout.CANONICAL}, None),
+        (90, 16, 16, {"dtype": torch.float64}, None),
+        (75, 16, 16, {}, None),
+        (None, 16, 16, {}, None),
+        (90, 0, 16, {}, None),
+    ],
+)
+def test_static_facts_choose_the_kernel(arch, rows, slots, change, expected):
+    facts = FACTS | change
+    assert configs.choose(arch, rows, slots, **facts) == expected
+    fused = configs.choose_fused(arch, rows, slots, **facts)
+    is_binary = expected is not None and isinstance(expected.config, configs.Binary)
+    assert (fused is not None) == is_binary
