@@ -37,6 +37,26 @@ def _parts(value: Tensor, entries: Tensor) -> Tensor:
     return value.reshape(entries.shape[0], -1, value.shape[-1])
 
 
+@_composite("(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
+def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear whose weight brings its own: a quantized base's, which an exported program keeps whole.
+
+    `aten.linear` would be taken apart before such a weight sees it.
+
+    Semantics:
+        y = F.linear(x, weight, bias)                                       # as the class of weight defines it
+
+    Args:
+        x: [*, K].  weight: [N, K], of any class.  bias: [N] or None.
+
+    Returns:
+        [*, N].
+    """
+    return type(weight).__torch_function__(  # type: ignore[no-any-return]
+        torch.nn.functional.linear, (type(weight),), (x, weight, bias), {}
+    )
+
+
 @_composite("(Tensor stack, Tensor tenant) -> Tensor")
 def select(stack: Tensor, tenant: Tensor) -> Tensor:
     """A small parameter of every row.

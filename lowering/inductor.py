@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..kernels.layout import CANONICAL
 from . import base_linear, torch_internals
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +69,8 @@ def _delta_linear(
     from torch._inductor.lowering import fallback_handler, to_dtype, view
 
     device, dtype = x.get_device(), x.get_dtype()
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        _log_fallback(device.type, dtype)
-        eager = fallback_handler(torch.ops.bitdelta.delta_linear.default, add_to_fallback_set=False)
-        return eager(x, signs, row_scale, col_scale, left, right, tenant, layout=layout)
     *batch, features = x.get_size()
-    outputs = signs.get_size()[2]
+    outputs = row_scale.get_size()[2]
     rows = functools.reduce(lambda a, b: a * b, batch, 1)
     inputs = {
         "X": view(x, [rows, features]),
@@ -82,17 +81,48 @@ def _delta_linear(
         "Right": right,
         "Tenant": tenant,
     }
-    if row_scale.get_dtype() != torch.float32:
-        inputs["RowScale"] = to_dtype(row_scale, torch.float32)
-    if col_scale is not None and col_scale.get_dtype() != torch.float32:
-        inputs["ColScale"] = to_dtype(col_scale, torch.float32)
-    realized = {
-        name: None if node is None else ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
-        for name, node in inputs.items()
-    }
-    result = ir.FixedLayout(device, dtype, [rows, outputs])
-    template: Any = _linear_template()(realized, result, features=int(features), exact=exact)
-    return view(template.generate().output_node(), [*batch, outputs])
+    found = None
+    if dtype in KERNEL_DTYPES:
+        if row_scale.get_dtype() != torch.float32:
+            inputs["RowScale"] = to_dtype(row_scale, torch.float32)
+        if col_scale is not None and col_scale.get_dtype() != torch.float32:
+            inputs["ColScale"] = to_dtype(col_scale, torch.float32)
+        realized = {
+            name: None if node is None else ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
+            for name, node in inputs.items()
+        }
+        if device.type == "cpu" and layout == CANONICAL:
+            result = ir.FixedLayout(device, dtype, [rows, outputs])
+            template: Any = _linear_template()(realized, result, features=int(features), exact=exact)
+            found = template.generate().output_node()
+        elif device.type == "cuda":
+            found = _gpu_delta_linear(realized, layout, exact)
+    if found is None:
+        _log_fallback(device.type, dtype, layout)
+        eager = fallback_handler(torch.ops.bitdelta.delta_linear.default, add_to_fallback_set=False)
+        return eager(x, signs, row_scale, col_scale, left, right, tenant, layout=layout, exact=exact)
+    return view(found, [*batch, outputs])
+
+
+def _gpu_delta_linear(realized: dict[str, Any], layout: str, exact: bool) -> Any | None:
+    """The op by a Triton template; None on a machine without triton, or where no kernel of ours applies."""
+    if not triton_is_there():
+        return None
+    from . import triton_templates
+
+    rows, dynamic = triton_templates.rows_of(realized["X"], realized["Tenant"])
+    problem = triton_templates.Problem(
+        x=realized["X"],
+        signs=realized["Signs"],
+        row_scale=realized["RowScale"],
+        col_scale=realized["ColScale"],
+        left=realized["Left"],
+        right=realized["Right"],
+        tenant=realized["Tenant"],
+        rows=rows,
+        dynamic=dynamic,
+    )
+    return triton_templates.delta_linear(problem, layout, exact)
 
 
 def _linear_template() -> Any:
@@ -126,11 +156,11 @@ def _delta_embedding(
     from torch._inductor.virtualized import ops
     from torch.utils._sympy.functions import FloorDiv, Max
 
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in KERNEL_DTYPES:
         eager = fallback_handler(torch.ops.bitdelta.delta_embedding.default, add_to_fallback_set=False)
         tensors = (ids, signs, row_scale, col_scale, left, right, tenant)
         return eager(*tensors, embedding_dim=embedding_dim, dtype=dtype, layout=layout)
-    slots, planes, vocabulary, _ = signs.get_size()
+    slots, planes, vocabulary = row_scale.get_size()
     rank = 0 if left is None else int(left.get_size()[2])
     loads: dict[str, Any] = {
         name: None if node is None else node.make_loader()
@@ -160,7 +190,7 @@ def _delta_embedding(
             slot = ops.indirect_indexing(known, slots, check=False)
         total = None
         for plane in range(int(planes)):
-            word = loads["signs"]([slot, plane, row, feature // 32])
+            word = loads["signs"]([slot, plane, *word_at(row, feature // 32, embedding_dim, layout)])
             shift = ops.index_expr(feature % 32, torch.int32)
             bit = ops.bitwise_and(ops.bitwise_right_shift(word, shift), ops.constant(1, torch.int32))
             sign = ops.sub(ops.mul(ops.to_dtype(bit, torch.float32), ops.constant(2.0, torch.float32)), _one(ops))
@@ -179,10 +209,39 @@ def _delta_embedding(
     return ir.Pointwise.create(device=signs.get_device(), dtype=dtype, inner_fn=inner, ranges=[*sizes, embedding_dim])
 
 
+def word_at(row: Any, word: Any, features: int, layout: str) -> tuple[Any, Any]:
+    """Where `kernels.layout` puts word `word` of row `row`: the last two indices of the signs, sympy or int."""
+    from torch.utils._sympy.functions import FloorDiv, Mod, Where
+
+    if layout == CANONICAL:
+        return row, word
+    whole = -(-features // 128) // 2  # blocks
+    block, s, q = FloorDiv(word, 8), FloorDiv(Mod(word, 8), 4), Mod(word, 4)
+    h, g = FloorDiv(Mod(row, 16), 8), Mod(row, 8)
+    lane = 4 * g + q
+    place = 128 * block + 4 * lane + 2 * s + h
+    if -(-features // 128) % 2:
+        place = Where(word < 8 * whole, place, 128 * whole + 2 * lane + h)
+    return FloorDiv(row, 16), place
+
+
 def _one(ops: Any) -> Any:
     return ops.constant(1.0, torch.float32)
 
 
 @functools.cache
-def _log_fallback(device: str, dtype: torch.dtype) -> None:
-    log.info("no compiled kernel for %s on %s: delta_linear runs its eager kernel there", dtype, device)
+def _log_fallback(device: str, dtype: torch.dtype, layout: str) -> None:
+    log.info(
+        "no compiled kernel for %s on %s, signs in layout %s: delta_linear runs its eager kernel there",
+        dtype, device, layout,
+    )  # fmt: skip
+
+
+@functools.cache
+def triton_is_there() -> bool:
+    """Whether triton can be imported."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True

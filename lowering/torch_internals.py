@@ -48,10 +48,15 @@ def copy_source(original: fx.Node, node: fx.Node) -> None:
         node._dynamo_source = original._dynamo_source
 
 
-def mark_added_input(node: fx.Node) -> None:
-    """Make a placeholder that we add acceptable to AOTAutograd, and static: a tensor that CUDA graphs need not copy."""
+def mark_added_input(node: fx.Node, *, static: bool) -> None:
+    """Make a placeholder that we add acceptable to AOTAutograd.
+
+    Args:
+        static: it is the same tensor in every call, which CUDA graphs need not copy.
+    """
     node._dynamo_source = None
-    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    if static:
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
 def static_example(tensor: torch.Tensor) -> torch.Tensor:

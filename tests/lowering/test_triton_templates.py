@@ -1,0 +1,253 @@
+"""Triton templates without a GPU: what Inductor generates is right in the interpreter and compiles for sm_90."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bitdelta_compile.kernels import configs, layout, reference
+from bitdelta_compile.lowering import inductor, ops
+from bitdelta_compile.lowering.device_source import device_source
+from torch.nn.functional import relu
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+FRAGMENTS = layout.FRAGMENTS
+
+
+def _without_gpu():
+    spec = importlib.util.spec_from_file_location("without_gpu", HERE / "without_gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["without_gpu"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+without_gpu = _without_gpu()
+
+
+def bank(slots, planes, outputs, features, *, column=False, rank=0):
+    """The stacked delta in the canonical layout and with its signs in the device's."""
+    generator = torch.Generator().manual_seed(outputs * 1000 + features)
+    signs = layout.pack(torch.rand(slots, planes, outputs, features, generator=generator) < 0.5)
+    row_scale = torch.rand(slots, planes, outputs, generator=generator) + 0.1
+    col_scale = torch.rand(slots, planes, features, generator=generator) + 0.5 if column else None
+    left = torch.randn(slots, outputs, rank, generator=generator).bfloat16() if rank else None
+    right = torch.randn(slots, rank, features, generator=generator).bfloat16() if rank else None
+    return (signs, row_scale, col_scale, left, right), layout.to_layout(signs, features, FRAGMENTS)
+
+
+def index(*slots):
+    return torch.tensor(slots, dtype=torch.int32)
+
+
+class Binary:
+    """Two planes, column scales, low rank; rows of one slot, of the base and of no slot; bias, ReLU, residual."""
+
+    canonical, signs = bank(3, 2, 20, 384, column=True, rank=2)
+    bias, dtype, tolerance = torch.randn(20), torch.bfloat16, 1e-2
+    calls = ((torch.randn(6, 384).bfloat16(), torch.randn(6, 20).bfloat16(), index(2, -1, 0, 2, 7, 2)),)
+
+    def run(self, delta, x, residual, tenant, bias):
+        return relu(delta(x, tenant) + bias.to(x.dtype)) + residual
+
+    def inputs(self, call):
+        return (*call, self.bias)
+
+    def expected(self, x, residual, tenant, bias):
+        y = reference.delta_linear(x, *self.canonical, tenant)
+        return relu(y + bias.to(x.dtype)) + residual
+
+
+class Exact(Binary):
+    """The same in fp32, by the exact path; three rows of each entry."""
+
+    dtype, tolerance = torch.float32, 2e-6
+    calls = ((torch.randn(6, 384), torch.randn(6, 20), index(2, -1, 2)),)
+
+
+class Prompts(Binary):
+    """Many rows: sorted by slot on the device."""
+
+    canonical, signs = bank(2, 1, 24, 100)
+    bias = torch.randn(24)
+    calls = ((torch.randn(72, 100).bfloat16(), torch.randn(72, 24).bfloat16(), index(1, 0, -1, 1)),)
+
+
+class AnyRows(Binary):
+    """A graph for any number of rows, and for an index of any length."""
+
+    canonical, signs = bank(3, 1, 24, 256)
+    bias = torch.randn(24)
+    dynamic = True
+    calls = tuple(
+        (torch.randn(rows, 256).bfloat16(), torch.randn(rows, 24).bfloat16(), tenant)
+        for rows, tenant in ((4, index(1, 0, -1, 1)), (6, index(2, 1)))
+    )
+
+
+class OneTenant(Binary):
+    """No row index, odd sizes, fp16."""
+
+    canonical, signs = bank(1, 1, 33, 200)
+    bias, dtype, tolerance = torch.randn(33), torch.float16, 1e-3
+    calls = ((torch.randn(5, 200).half(), torch.randn(5, 33).half(), None),)
+
+    def inputs(self, call):
+        x, residual, _ = call
+        return (x, residual, self.bias)
+
+    def run(self, delta, x, residual, bias):
+        return super().run(delta, x, residual, None, bias)
+
+    def expected(self, x, residual, bias):
+        return super().expected(x, residual, None, bias)
+
+
+PROBLEMS = {
+    "binary": Binary(),
+    "exact": Exact(),
+    "prompts": Prompts(),
+    "any rows": AnyRows(),
+    "one tenant": OneTenant(),
+}
+
+
+def generate(problem, *, interpreted):
+    """The generated code, and its inputs for every call."""
+    stacked = (problem.signs, *problem.canonical[1:])
+    given = [tensor for tensor in stacked if tensor is not None]
+
+    def function(*args):
+        left = iter(args[: len(given)])
+        own = [None if tensor is None else next(left) for tensor in stacked]
+
+        def delta(x, tenant):
+            return ops.delta_linear(x, *own, tenant, layout=FRAGMENTS)
+
+        return problem.run(delta, *args[len(given) :])
+
+    traced_arguments = problem.inputs(problem.calls[0])
+    names = [f"a{place}" for place in range(len(given) + len(traced_arguments))]
+    scope = {"function": function}
+    exec(f"def traced({', '.join(names)}):\n    return function({', '.join(names)})", scope)
+    dynamic = {}
+    if getattr(problem, "dynamic", False):
+        dynamic = {len(given): 0, len(given) + 1: 0, len(given) + 2: 0}
+    choose = configs.choose
+
+    def chosen(*args, **kwargs):
+        plan = choose(*args, **kwargs)
+        return None if plan is None else dataclasses.replace(plan, form="interpreted" if interpreted else plan.form)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "choose", chosen)
+        example = (*given, *traced_arguments)
+        code = without_gpu.generated(scope["traced"], example, inductor.compile_graph, dynamic)
+    return code, [[*given, *problem.inputs(call)] for call in problem.calls]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What the generated code of every problem computes, in one process of Triton's interpreter."""
+    folder = tmp_path_factory.mktemp("generated")
+    for name, problem in PROBLEMS.items():
+        code, inputs = generate(problem, interpreted=True)
+        (folder / f"{name}.py").write_text(code)
+        torch.save(inputs, folder / f"{name}.pt")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "run_generated.py"), str(folder)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: torch.load(folder / f"{name}.out", weights_only=True) for name in PROBLEMS}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_generated_code_is_right(name, results):
+    problem = PROBLEMS[name]
+    for call, (found,) in zip(problem.calls, results[name], strict=True):
+        expected = problem.expected(*problem.inputs(call))
+        assert found.dtype == problem.dtype
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < problem.tolerance, (name, float(error))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_generated_code_compiles_and_holds_all_it_needs(name):
+    code, _ = generate(PROBLEMS[name], interpreted=False)
+    statements = "\n".join(line for line in code.splitlines() if not line.lstrip().startswith("#"))
+    assert "torch.ops.bitdelta" not in statements
+    assert "bitdelta_compile" not in statements
+    kernels = without_gpu.kernels(code)
+    ours = [kernel for kernel in kernels.values() if kernel.kind in ("template", "user_autotune")]
+    templates = [name for name, kernel in kernels.items() if kernel.kind == "template"]
+    assert len(templates) == 1
+    assert "relu" in templates[0], "bias, activation and residual are not fused into the op's kernel"
+    for kernel in ours:
+        made = without_gpu.assemble(kernel)
+        if kernel.kind == "template":
+            assert re.search(r"mma\.(sync|m64|mma_async)|wgmma", made.asm["ptx"])
+
+
+def test_linears_that_read_the_same_x_share_what_is_made_of_it():
+    (_, first, *_), signs = bank(2, 1, 32, 256)
+    (_, second, *_), more = bank(2, 1, 48, 256)
+    x, tenant = torch.randn(2, 256).bfloat16(), index(0, 1)
+
+    def layer(x, signs, first, more, second, tenant):
+        one = ops.delta_linear(x, signs, first, None, None, None, tenant, layout=FRAGMENTS)
+        two = ops.delta_linear(x, more, second, None, None, None, tenant, layout=FRAGMENTS)
+        return one, two, ops.delta_linear(x + 1, more, second, None, None, None, tenant, layout=FRAGMENTS)
+
+    code = without_gpu.generated(layer, (x, signs, first, more, second, tenant), inductor.compile_graph)
+    assert code.count("bits_kernel_0.run(") == 2
+    assert code.count(".run(") >= 5
+
+
+@pytest.mark.parametrize(("vocabulary", "features"), [(50, 100), (33, 384), (16, 256)])
+def test_a_word_is_where_the_layout_puts_it(vocabulary, features):
+    words = layout.words(features)
+    signs = torch.arange(vocabulary * words, dtype=torch.int32).reshape(1, 1, vocabulary, words)
+    packed = layout.to_layout(signs, features, FRAGMENTS)[0, 0]
+    for row in range(vocabulary):
+        for word in range(words):
+            tile, place = map(int, inductor.word_at(row, word, features, FRAGMENTS))
+            assert packed[tile, place] == row * words + word
+
+
+def test_the_text_of_device_functions_is_whole():
+    text = device_source("binary_delta")
+    assert text.index("def binary_product") < text.index("def binary_delta")
+    assert "_BINARY_OPERANDS" in text
+    assert '"""' not in text
+    with pytest.raises(KeyError):
+        device_source("no_such_function")
+
+
+def test_without_triton_the_eager_kernel_runs_and_one_line_says_so():
+    script = """
+import logging, sys
+sys.modules["triton"] = None
+lines = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("bitdelta_compile").addHandler(handler)
+logging.getLogger("bitdelta_compile").setLevel(logging.INFO)
+import torch, bitdelta_compile
+from bitdelta_compile.lowering import inductor
+assert not inductor.triton_is_there()
+inductor._log_fallback("cuda", torch.bfloat16, "fragments_16x256")
+inductor._log_fallback("cuda", torch.bfloat16, "fragments_16x256")
+assert len(lines) == 1, lines
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
