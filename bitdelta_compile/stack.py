@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .encodings import Encoding, Rows, Sign
+from .kernels.configs import device_layout
+from .kernels.layout import layout_of, to_layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,8 +22,8 @@ class Stack:
     Attributes:
         shape, dtype: of the base's parameter as the model stores it.
         transposed: it is stored [K, N].
-        signs, row_scale, col_scale, left, right: int32 [T, P, N, W], fp32 [T, P, N], fp32 [T, P, K], bf16 [T, N, r] and
-            [T, r, K].
+        signs, row_scale, col_scale, left, right: int32 [T, P, N, W] or in the layout of the base's device
+            (`kernels.layout`), fp32 [T, P, N], fp32 [T, P, K], bf16 [T, N, r] and [T, r, K].
         rows_index, rows_values: int64 [T, C] ascending, unused places hold `out_features`; [T, C, K].
         vocabulary: int64 [T + 1], rows of each slot's matrix, the base's last; None where none has grown.
         out_features: rows of the largest matrix.
@@ -55,7 +57,9 @@ class Stack:
         if isinstance(sign, Sign):
             packed = {name: tensor.unsqueeze(0) for name, tensor in sign.tensors().items()}
         if not isinstance(encoding, Rows):
-            return cls(shape, dtype, isinstance(encoding, Sign) and encoding.transposed, **packed)
+            return cls(
+                shape, dtype, isinstance(encoding, Sign) and encoding.transposed, **_prepacked(packed, sign, base)
+            )
         rows = shape[1 if encoding.transposed else 0]
         if isinstance(sign, Sign) and sign.out_features < rows:  # the base was resized: its new rows have no signs
             missing = rows - sign.out_features
@@ -71,7 +75,7 @@ class Stack:
             shape,
             dtype,
             encoding.transposed,
-            **packed,
+            **_prepacked(packed, sign, base),
             rows_index=encoding.index.unsqueeze(0) if encoding.index.numel() else None,
             rows_values=encoding.values.to(dtype).unsqueeze(0) if encoding.index.numel() else None,
             vocabulary=torch.tensor([encoding.out_features, rows], device=base.device) if grown else None,
@@ -115,6 +119,12 @@ class Stack:
         return self.signs is not None or self.out_features > 0 or self.dense is not None
 
     @property
+    def sign_layout(self) -> str:
+        """Name of the layout of `signs`."""
+        assert self.signs is not None
+        return layout_of(self.signs, self.base_rows, self.in_features)
+
+    @property
     def planes(self) -> int:
         """P."""
         return 0 if self.signs is None else self.signs.shape[1]
@@ -128,3 +138,11 @@ class Stack:
     def stored_rows(self) -> int:
         """C."""
         return 0 if self.rows_index is None else self.rows_index.shape[1]
+
+
+def _prepacked(packed: dict[str, Any], sign: Encoding | None, base: Tensor) -> dict[str, Any]:
+    """The packed tensors with their signs as the kernels of the base's device want them."""
+    if not isinstance(sign, Sign):
+        return packed
+    signs = to_layout(packed["signs"], sign.in_features, device_layout(base.device))
+    return packed | {"signs": signs}

@@ -93,7 +93,8 @@ class Context:
     def __post_init__(self) -> None:
         if self.batch is not None:
             self.places = places(self.graph, self.batch)
-            self.tenant = self._placeholder("tenant", torch_internals.row_index_example(self.batch.size, self.graph))
+            index = torch_internals.row_index_example(self.batch.size, self.graph)
+            self.tenant = self._placeholder("tenant", index, static=False)  # every call brings its own
 
     @property
     def per_row(self) -> bool:
@@ -119,13 +120,13 @@ class Context:
             self.added.append(tensor)
         return self._inputs[key]
 
-    def _placeholder(self, name: str, value: Tensor) -> fx.Node:
+    def _placeholder(self, name: str, value: Tensor, *, static: bool = True) -> fx.Node:
         last = self.graph.find_nodes(op="placeholder")[-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name)
         node.target = node.name  # made unique and an identifier: qualified names may start with a digit
         node.meta["example_value"] = value
-        torch_internals.mark_added_input(node)
+        torch_internals.mark_added_input(node, static=static)
         return node
 
     def inputs(self, parameter: Parameter, stack: Stack, *fields: str) -> list[fx.Node | None]:

@@ -82,6 +82,8 @@ def undo(program: ExportedProgram, prefix: str, tied: Mapping[str, str]) -> Base
         elif name in tied:
             node.replace_all_uses_with(placeholders[tied[name]])
     for node in list(graph.nodes):
+        if node.target is torch.ops.bitdelta.base_linear.default:
+            node.target = _ATEN.linear.default
         if node.target in _CHECKS:
             graph.erase_node(node)
         elif isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "bitdelta":

@@ -14,15 +14,18 @@ import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..encodings import Rows, Same, Sign
 from ..errors import UnsupportedError
+from ..kernels.layout import CANONICAL
 from ..lowering import composite as _composite  # noqa: F401  registers bitdelta::
 from ..lowering import ops as _ops  # noqa: F401  registers bitdelta::
 from ..lowering import torch_internals
+from ..quantized import values
 from ..stack import Stack
 from .batch import Batch, Lost, Place, RowsAt, value_of
 from .context import Context, Insertion, NoRowForm, Parameter
@@ -147,8 +150,8 @@ def split_linear(context: Context) -> None:
         total = node
         if stack.signs is not None:
             packed = context.inputs(parameter, stack, "signs", "row_scale", "col_scale", "left", "right")
-            exact = {"exact": True} if context.exact else {}
-            delta = insert.call(_bitdelta.delta_linear.default, x, *packed, context.tenant, **exact)
+            options = _layout_of(stack) | ({"exact": True} if context.exact else {})
+            delta = insert.call(_bitdelta.delta_linear.default, x, *packed, context.tenant, **options)
             if use.left:
                 delta = insert.call(torch.transpose, delta, -1, -2)
             total = insert.call(operator.add, total, insert.cast(delta, use.x, node))
@@ -191,7 +194,7 @@ def split_embedding(context: Context) -> None:
             node.replace_input_with(here, lookup)
         if stack.signs is not None:
             packed = context.inputs(parameter, stack, "signs", "row_scale", "col_scale", "left", "right")
-            sizes = {"embedding_dim": stack.in_features, "dtype": stack.dtype}
+            sizes = {"embedding_dim": stack.in_features, "dtype": stack.dtype} | _layout_of(stack)
             delta = insert.call(_bitdelta.delta_embedding.default, lookup, *packed, context.tenant, **sizes)
             total = insert.call(operator.add, total, delta)
         if stack.rows_index is not None:
@@ -221,7 +224,7 @@ def unpack_other_uses(context: Context) -> None:
         assert base is not None
         if isinstance(encoding, Stack):
             raise NoRowForm(parameter, left[0][0], "there is no packed form for it")
-        dense = encoding.apply(base).to(base.dtype)
+        dense = encoding.apply(values(base)).to(base.dtype)
         log.warning(
             "%s is used by %s, which has no packed form: its dense tensor of %d bytes is kept for that",
             parameter.name, ", ".join(f"{op_name(node)} ({node.name})" for node, _ in left), dense.nbytes,
@@ -290,6 +293,12 @@ class _RowsFirst:
         self.insert.take_over(self.insert.first, result, same_shape=same_shape)
         if self.lifts:
             self.context.lifted.update(dict.fromkeys([*self.insert.added, result], self.parameter))
+
+
+def _layout_of(stack: Stack) -> dict[str, Any]:
+    """The argument that says so where signs are not in the canonical layout."""
+    layout = stack.sign_layout
+    return {} if layout == CANONICAL else {"layout": layout}
 
 
 def _place_of_x(context: Context, use: LinearUse) -> Place:

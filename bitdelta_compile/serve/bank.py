@@ -24,6 +24,7 @@ from ..delta import Delta
 from ..deltafile import require_finite
 from ..encodings import Encoding, Matrix, Rows, Same
 from ..errors import UnsupportedError
+from ..quantized import is_quantized
 from ..stack import Stack
 from .reserve import Reserve, plan
 from .slots import allocate, copy, write
@@ -39,8 +40,7 @@ class Base:
         checkpoint: the same tensors, with the base's side files.
 
     Raises:
-        UnsupportedError: parameters without data, on several devices, or of a kind of their own (quantized,
-            distributed).
+        UnsupportedError: parameters without data, on several devices, or of a kind of their own (distributed).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -109,10 +109,10 @@ class Base:
 def _check_plain(module: nn.Module) -> None:
     places: dict[torch.device, str] = {}
     for name, tensor in module.named_parameters():
-        if type(tensor) is not nn.Parameter:
+        if type(tensor) is not nn.Parameter and not is_quantized(tensor):
             raise UnsupportedError(
                 f"{name} of the base is a {type(tensor).__name__}, which many tenants cannot share yet: attach a base "
-                "of plain tensors (not quantized, not distributed)"
+                "of plain tensors, or of quantized ones that can be dequantized"
             )
         if tensor.is_meta:
             raise UnsupportedError(f"{name} of the base has no data (it is a meta tensor): load the model first")

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..encodings import Dense, Encoding, Rows, Same, Sign
-from ..kernels.layout import words
+from ..kernels.configs import device_layout
+from ..kernels.layout import packed_shape, to_layout
+from ..quantized import values
 from ..stack import Stack
 from .reserve import Reserve
 
@@ -20,12 +22,13 @@ def allocate(base: Tensor, room: Reserve, slots: int, transposed: bool) -> Stack
         return None
     if room.small:
         small = torch.zeros(slots + 1, *shape, dtype=dtype, device=device)
-        small[slots].copy_(base.detach())
+        small[slots].copy_(values(base.detach()))
         return Stack(shape, dtype, small=small)
     outputs, features = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
     tensors: dict[str, Any] = {}
     if room.planes:
-        tensors["signs"] = torch.zeros(slots, room.planes, outputs, words(features), dtype=torch.int32, device=device)
+        sizes = packed_shape(outputs, features, device_layout(device))
+        tensors["signs"] = torch.zeros(slots, room.planes, *sizes, dtype=torch.int32, device=device)
         tensors["row_scale"] = torch.zeros(slots, room.planes, outputs, device=device)
         if room.col_scale:
             tensors["col_scale"] = torch.zeros(slots, room.planes, features, device=device)
@@ -48,8 +51,8 @@ def allocate(base: Tensor, room: Reserve, slots: int, transposed: bool) -> Stack
 def write(stack: Stack, slot: int, encoding: Encoding | None, base: Tensor, dense: int | None) -> None:
     """Fill one slot of one parameter; None and `same` are the base's tensor."""
     if stack.small is not None:
-        value = base.detach() if encoding is None or isinstance(encoding, Same) else encoding.apply(base.detach())
-        stack.small[slot].copy_(value)
+        value = values(base.detach())
+        stack.small[slot].copy_(value if encoding is None or isinstance(encoding, Same) else encoding.apply(value))
         return
     sign = encoding.over if isinstance(encoding, Rows) else encoding
     sign = sign if isinstance(sign, Sign) else None
@@ -62,7 +65,8 @@ def write(stack: Stack, slot: int, encoding: Encoding | None, base: Tensor, dens
             stack.left[slot].zero_()
             stack.right[slot].zero_()
         if sign is not None:
-            stack.signs[slot, :planes].copy_(sign.signs)
+            signs = sign.signs.to(stack.signs.device)
+            stack.signs[slot, :planes].copy_(to_layout(signs, sign.in_features, stack.sign_layout))
             stack.row_scale[slot, :planes].copy_(sign.row_scale)
             if sign.col_scale is not None:
                 assert stack.col_scale is not None
