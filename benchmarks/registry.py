@@ -60,6 +60,10 @@ class WrongResultError(AssertionError):
     """What was about to be timed gives a wrong result; no figure is printed."""
 
 
+class SkippedError(Exception):
+    """A case that this machine cannot run; the message says what it lacks."""
+
+
 def require(condition: bool, what: str) -> None:
     """The correctness gate: raise WrongResultError unless `condition`."""
     if not condition:

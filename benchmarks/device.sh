@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in one call of less than ten minutes: install, ceilings, agreement of eager, interpreted and
+# compiled results, `pytest -m gpu`, compute-sanitizer where there is one, the gpu-* benchmarks. No network is used.
+#
+#   [OUT=folder] [PYTHON=python3] [SECONDS_IN_ALL=570] benchmarks/device.sh
+#
+# Logs, JSONL and plots come under OUT (default benchmarks/out), and summary.txt with a line for every step. A step that
+# fails is recorded and the next one runs. The exit status is 0 if every step passed and 1 otherwise.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUT=$(realpath -m "${OUT:-benchmarks/out}")
+PYTHON=${PYTHON:-python3}
+DEADLINE=${SECONDS_IN_ALL:-570}
+mkdir -p "$OUT/logs"
+SUMMARY=$OUT/summary.txt
+: >"$SUMMARY"
+failed=0
+
+note() { printf '%s\n' "$*" | tee -a "$SUMMARY"; }
+
+# step NAME SECONDS COMMAND...: run within its limit and what is left of all, log, record.
+step() {
+    local name=$1 limit=$2 start=$SECONDS left=$((DEADLINE - SECONDS)) status
+    shift 2
+    if ((left < 5)); then
+        note "LEFT OUT  $name: the time is up"
+        failed=1
+        return 1
+    fi
+    ((limit > left)) && limit=$left
+    timeout --kill-after=5 "$limit" "$@" >"$OUT/logs/$name.log" 2>&1
+    status=$?
+    if ((status == 0)); then
+        note "passed    $name ($((SECONDS - start)) s)"
+        return 0
+    fi
+    failed=1
+    ((status == 124 || status == 137)) && status="timed out after $limit s" || status="status $status"
+    note "FAILED    $name ($status, $((SECONDS - start)) s): $(tail -n 1 "$OUT/logs/$name.log" | cut -c1-200)"
+    return 1
+}
+
+machine() {
+    nvidia-smi || true
+    "$PYTHON" - <<'PY'
+import importlib.metadata as m, platform, sys, torch
+print("python", platform.python_version(), "torch", torch.__version__, "cuda", torch.version.cuda)
+for name in ("triton", "transformers", "numpy", "pytest", "setuptools", "matplotlib"):
+    try:
+        print(name, m.version(name))
+    except m.PackageNotFoundError:
+        print(name, "is not installed")
+sys.exit(0 if torch.cuda.is_available() else "no CUDA device: what needs one is skipped or fails below")
+PY
+}
+
+# pip without a network; else a tree of links that looks like the installed package, its entry point included.
+install() {
+    local places="import bitdelta_compile.lowering, bitdelta_compile.kernels as k; print(k.__file__)"
+    if "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --no-index -e . && "$PYTHON" -c "$places"; then
+        return 0
+    fi
+    echo "the environment cannot be written to, or its setuptools is too old: trying an environment of its own"
+    if "$PYTHON" -m venv --system-site-packages "$WORK/venv" &&
+        "$WORK/venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation --no-index -e . &&
+        "$WORK/venv/bin/python" -c "$places"; then
+        echo "$WORK/venv/bin/python" >"$WORK/python"
+        return 0
+    fi
+    echo "pip cannot install here: a tree of links"
+    local tree=$WORK/tree
+    mkdir -p "$tree/bitdelta_compile" "$tree/bitdelta_compile-0.1.0.dist-info"
+    ln -sfn "$PWD"/bitdelta_compile/* "$PWD/kernels" "$PWD/lowering" "$tree/bitdelta_compile/"
+    printf 'Metadata-Version: 2.1\nName: bitdelta_compile\nVersion: 0.1.0\n' >"$tree/bitdelta_compile-0.1.0.dist-info/METADATA"
+    printf '[torch_dynamo_backends]\nbitdelta = bitdelta_compile.backend:bitdelta\n' >"$tree/bitdelta_compile-0.1.0.dist-info/entry_points.txt"
+    echo "$tree" >"$WORK/pythonpath"
+    PYTHONPATH=$tree "$PYTHON" -c "$places"
+}
+
+# The suite's own settings name a plugin; without the plugin they would be an error.
+gpu_tests() {
+    local settings=()
+    "$PYTHON" -c "import pytest_timeout" 2>/dev/null || settings=(-c "$WORK/pytest.ini" --rootdir .)
+    printf '[pytest]\naddopts = --import-mode=importlib --strict-markers\nmarkers =\n    gpu: needs a CUDA device\n' >"$WORK/pytest.ini"
+    "$PYTHON" -m pytest "${settings[@]}" -p no:cacheprovider -m gpu -rA --durations=15 "$@"
+}
+
+sanitizer() {
+    local found
+    found=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
+    if [[ -z $found ]]; then
+        echo "compute-sanitizer is not on this machine: nothing checked"
+        return 0
+    fi
+    "$found" --tool memcheck --error-exitcode 9 "$PYTHON" -m pytest -c "$WORK/pytest.ini" --rootdir . -p no:cacheprovider -m gpu \
+        tests/gpu/test_eager.py -k "ragged"
+}
+
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+export PYTHON OUT WORK
+export -f machine install gpu_tests sanitizer
+
+step machine 40 bash -c machine
+step install 90 bash -c install
+[[ -s $WORK/python ]] && PYTHON=$(<"$WORK/python")
+[[ -s $WORK/pythonpath ]] && export PYTHONPATH=$(<"$WORK/pythonpath")
+export PYTHON
+step ceilings 45 "$PYTHON" -m benchmarks gpu-ceilings --out "$OUT"
+step agree 60 "$PYTHON" -m benchmarks gpu-agree --out "$OUT"
+step tests 190 bash -c "gpu_tests tests"
+step decode 110 "$PYTHON" -m benchmarks gpu-decode --out "$OUT"
+step prefill 90 "$PYTHON" -m benchmarks gpu-prefill --out "$OUT"
+step generate 100 "$PYTHON" -m benchmarks gpu-generate --out "$OUT"
+step sanitizer 60 bash -c sanitizer
+
+for name in ceilings decode prefill generate agree; do
+    if grep -q '^skipped:' "$OUT/logs/$name.log" 2>/dev/null; then
+        note "SKIPPED   $name: $(grep -m 1 '^skipped:' "$OUT/logs/$name.log")"
+        failed=1
+    fi
+done
+{
+    echo
+    grep -h -A 60 '^gpu-' "$OUT"/logs/{ceilings,agree,decode,prefill,generate}.log 2>/dev/null
+    grep -h -E '^(FAILED|ERROR|=+ .*(passed|failed|error|skipped).*=+$)|^[0-9]+ (passed|failed|skipped)' "$OUT/logs/tests.log" 2>/dev/null
+} >>"$SUMMARY"
+note "$( ((failed)) && echo 'not all passed' || echo 'all passed') in $SECONDS s; $SUMMARY"
+exit $failed
