@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import BaseMismatchError, CheckpointError
 from .fileformat import FormatError, load_pickle, map_tensors, read_header
+from .quantized import parts, values
 
 __all__ = ["SIDE_FILES", "Checkpoint", "match_names", "open_checkpoint"]
 
@@ -84,19 +85,25 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """The tensor itself (canonical name or alias): mapped for files, the live one for modules. Do not write to it.
 
+        A quantized one gives its values, made anew by each call.
+
         Raises:
             CheckpointError: no such name.
         """
+        return values(self.held(name))
+
+    def held(self, name: str) -> Tensor:
+        """As `tensor`, but a quantized one comes as the module holds it."""
         try:
             return self._tensors[self.tied.get(name, name)]
         except KeyError:
             raise CheckpointError(f"{self.source} has no tensor named {name!r}") from None
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensor(name).shape)
+        return tuple(self.held(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.tensor(name).dtype
+        return self.held(name).dtype
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors or name in self.tied
@@ -109,6 +116,9 @@ def _identity(tensor: Tensor) -> object:
     """Equal for two tensors exactly when they are the same view of the same storage."""
     if tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
+    inner = parts(tensor)
+    if inner[0] is not tensor:  # a wrapper has no memory of its own
+        return tuple(map(_identity, inner))
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, match_names
 from .errors import BaseMismatchError
+from .quantized import remedy
 
 SAMPLES = 16
 # 2**64 / golden ratio: its multiples modulo 2**64 spread evenly over any number of elements
@@ -53,19 +54,21 @@ class Fingerprint:
             BaseMismatchError: naming the first parameter that is missing or differs, and how many do.
         """
         pairs = match_names(self.names, [*checkpoint.names(), *checkpoint.tied])
-        wrong: list[str] = []
+        wrong: dict[str, str] = {}
         found: list[Tensor] = []
         for name in self.names:
             tensor = checkpoint.tensor(pairs[name]) if name in pairs else None
             difference = self.difference(name, tensor)
             if difference is not None:
-                wrong.append(difference)
+                wrong[name] = difference
             elif tensor is not None:
                 found.append(_sample(tensor))
         if wrong:
+            first, difference = next(iter(wrong.items()))
             raise BaseMismatchError(
-                f"{checkpoint.source} is not the base this delta was made for: {wrong[0]}"
-                f" ({len(wrong)} of {len(self.names)} parameters differ); give the base that it was compressed against"
+                f"{checkpoint.source} is not the base this delta was made for: {difference}"
+                f" ({len(wrong)} of {len(self.names)} parameters differ); "
+                f"{remedy(checkpoint.held(pairs[first]) if first in pairs else None)}"
             )
         return "exact" if _digest(_stack(found)) == self.digest else "up to bf16 rounding"
 
@@ -73,14 +76,22 @@ class Fingerprint:
         """Shape of one of the base's parameters."""
         return self.shapes[self.names.index(name)]
 
-    def difference(self, name: str, tensor: Tensor | None) -> str | None:
-        """In what way `tensor` cannot be a copy of the base's parameter `name`; None when it can."""
+    def sample(self, name: str) -> Tensor:
+        """bf16 [16], the sampled values of one of the base's parameters."""
+        return self.samples[self.names.index(name)]
+
+    def difference(self, name: str, tensor: Tensor | None, sample: Tensor | None = None) -> str | None:
+        """In what way `tensor` cannot be a copy of the base's parameter `name`; None when it can.
+
+        Args:
+            sample: its sampled values, where they are known and it has none to read.
+        """
         row = self.names.index(name)
         if tensor is None:
             return f"{name} is missing"
         if tuple(tensor.shape) != self.shapes[row]:
             return f"{name} has shape {list(tensor.shape)}, not {list(self.shapes[row])}"
-        sample, kept = _sample(tensor), self.samples[row].float()
+        sample, kept = _sample(tensor) if sample is None else sample.float(), self.samples[row].float()
         off = ~_same_value(sample, kept)
         if not bool(off.any()):
             return None

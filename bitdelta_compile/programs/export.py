@@ -1,6 +1,9 @@
 """`bdc.export`: a base and its deltas as an ExportedProgram whose graph shows base nodes and packed-delta nodes.
 
 torch.export of the base -> rewrite -> module with the base's signature -> torch.export of that
+
+A quantized weight takes part as the floating-point matrix that it stands for. The program holds it as it is, and its
+linear as `bitdelta::base_linear`, which is the library's own wherever the program is run or compiled.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from ..delta import Delta
 from ..errors import UnsupportedError
 from ..graph.merge import held_tensors, undo
 from ..graph.rewrite import rewrite
+from ..quantized import plain_parameters
 from ..serve.bank import Bank, Base
 from ..serve.reserve import Reserve
 from ..sources import DeltaSource
-from .program import METADATA, PREFIX, About, base_of, described
+from .program import METADATA, PREFIX, About, base_of, described, with_tensors
 from .reexport import add_buffer, for_rows, rewritten_module
 
 
@@ -58,7 +62,10 @@ def export(
     if isinstance(getattr(base, PREFIX.rstrip("."), None), nn.Module):
         raise UnsupportedError(f"the base has a submodule named {PREFIX.rstrip('.')!r}, where its delta would go")
     kwargs = dict(kwargs or {})
-    program = torch.export.export(base, args, kwargs, dynamic_shapes=dynamic_shapes)
+    with plain_parameters(base) as quantized:
+        program = torch.export.export(base, args, kwargs, dynamic_shapes=dynamic_shapes)
+    held = program.state_dict
+    program = with_tensors(program, {name: tensor for name, tensor in quantized.items() if name in held})
     about = About(*base_of(program))
     if isinstance(delta, Mapping):
         deltas = {name: _loaded(each) for name, each in delta.items()}

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from ..errors import BaseMismatchError, UnsupportedError
 from ..graph.merge import BaseGraph, first_difference, undo
+from ..quantized import same
 from ..serve.bank import Bank, Base
 from ..serve.reserve import Reserve
 from .program import (
@@ -92,7 +93,7 @@ def _with_weights(programs: Mapping[str, ExportedProgram], base: nn.Module | str
     own = base_parameters(first)
     for other, program in complete.items():
         for parameter, tensor in base_parameters(program).items():
-            if tensor.data_ptr() != own[parameter].data_ptr() and not torch.equal(tensor, own[parameter]):
+            if not same(tensor, own[parameter]):
                 raise BaseMismatchError(
                     f"{parameter} of {other}'s base differs from that of {name}: export both from one"
                 )

@@ -30,7 +30,8 @@ from torch.export import ExportedProgram
 from ..errors import BitDeltaError, UnsupportedError
 from ..lowering.cache import stamp
 from ..lowering.inductor import register_lowerings
-from .program import About, is_weightless, replacing, versions
+from ..quantized import is_quantized
+from .program import About, base_parameters, is_weightless, replacing, versions
 
 FORMAT_VERSION = "1"
 # What a compiler uses unasked when it compiles for this machine.
@@ -52,6 +53,7 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
         bitdelta.tenants                JSON: names by slot, null for a free one; null for one fine-tune, without index
         bitdelta.encodings, .tied       JSON: what a slot holds of each parameter; names that mean the same parameter
         bitdelta.base, .base_digest     where the base came from, if known; SHA-256 of its sampled values
+        bitdelta.quantized              JSON: sampled values of the parameters that the package holds quantized
         bitdelta.torch, .version        of torch and of this package
         bitdelta.cpu                    CPU features that the code may use, separated by spaces
         bitdelta.extra.<name>           what the program's maker added
@@ -73,7 +75,7 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
         "always_keep_tensor_constants": True,
         "aot_inductor.use_runtime_constant_folding": False,
         "freezing": False,
-        "aot_inductor.metadata": _metadata(about, configured),
+        "aot_inductor.metadata": _metadata(program, about, configured),
     }
     patches |= stamp(patches)
     with replacing(Path(path)) as temporary, torch.no_grad(), warnings.catch_warnings():
@@ -81,9 +83,10 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
         torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=patches)
 
 
-def _metadata(about: About, options: Mapping[str, Any]) -> dict[str, str]:
+def _metadata(program: ExportedProgram, about: About, options: Mapping[str, Any]) -> dict[str, str]:
     native = options.get("cpp.march") in (None, "native")
     found = versions()
+    quantized = [name for name, tensor in base_parameters(program).items() if is_quantized(tensor)]
     return {
         "bitdelta.format": FORMAT_VERSION,
         "bitdelta.tenants": json.dumps(about.tenants),
@@ -91,6 +94,9 @@ def _metadata(about: About, options: Mapping[str, Any]) -> dict[str, str]:
         "bitdelta.tied": json.dumps(about.tied),
         "bitdelta.base": about.base or "",
         "bitdelta.base_digest": about.fingerprint.digest,
+        "bitdelta.quantized": json.dumps(
+            {name: about.fingerprint.sample(name).tolist() for name in quantized if name in about.fingerprint.names}
+        ),
         "bitdelta.torch": found["torch"],
         "bitdelta.version": found["bitdelta_compile"],
         "bitdelta.cpu": " ".join(sorted(cpu_features())) if native else "",

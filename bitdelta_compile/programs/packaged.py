@@ -72,6 +72,11 @@ class Package:
         self.slots = len(self._names)
         own = {name: tensor for name, tensor in constants.items() if not name.startswith(PREFIX)}
         base = {self._tied.get(name, name): tensor for name, tensor in own.items()}
+        # What is quantized is among the constants in a form that only its library knows.
+        samples: dict[str, list[float]] = json.loads(metadata.get("bitdelta.quantized", "{}"))
+        self._samples = {name: torch.tensor(sample) for name, sample in samples.items()}
+        for name in self._samples.keys() & self.stacks.keys():
+            base[name] = torch.empty(self.stacks[name].shape, dtype=self.stacks[name].dtype, device="meta")
         self._base = base | {name: stack.small[-1] for name, stack in self.stacks.items() if stack.small is not None}
 
     @property
@@ -177,7 +182,8 @@ class Package:
         for theirs, alias in paired.items():
             ours, encoding = self._tied.get(alias, alias), delta.encodings[delta.tied.get(theirs, theirs)]
             if alias in theirs_of_base:
-                difference = fingerprint.difference(theirs_of_base[alias], self._base[ours])
+                sample = self._samples.get(ours)
+                difference = fingerprint.difference(theirs_of_base[alias], self._base[ours], sample)
                 if difference is not None:
                     raise BaseMismatchError(
                         f"tenant {name} was made for another base than this package's: {difference}; give a delta of it"

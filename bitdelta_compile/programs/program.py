@@ -31,6 +31,7 @@ from ..encodings import Dense, Encoding, Rows, Same, Sign
 from ..errors import BaseMismatchError, BitDeltaError, UnsupportedError
 from ..fileformat import DTYPE_NAMES
 from ..fingerprint import SAMPLES, Fingerprint
+from ..kernels.layout import from_layout, layout_of
 from ..stack import Stack
 
 log = logging.getLogger(__name__)
@@ -180,7 +181,8 @@ def load_program(path: str | Path, *, base: nn.Module | str | Path | None = None
             in the file. The program shares the tensors of a module.
 
     Raises:
-        UnsupportedError: not a program of this package, or one without weights and nobody says where they are.
+        UnsupportedError: not a program of this package, one without weights and nobody says where they are, or one
+            with weights of a quantization library that is not installed.
         BaseMismatchError: `base` is another model.
         BitDeltaError: the file cannot be read.
     """
@@ -193,6 +195,11 @@ def load_program(path: str | Path, *, base: nn.Module | str | Path | None = None
             program = torch.export.load(path)
     except OSError as error:
         raise BitDeltaError(f"{path} cannot be read: {error.strerror}") from error
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        raise UnsupportedError(
+            f"{path} holds quantized weights of {library}, which is not here: install {library}"
+        ) from error
     about = About.of(program)
     own = base_parameters(program)
     program = with_tensors(program, {alias: own[name] for alias, name in about.tied.items()})
@@ -224,7 +231,7 @@ def with_base(program: ExportedProgram, base: nn.Module | str | Path) -> Exporte
             "give the base that the program was exported from"
         )
     filled = {
-        name: _as_parameter(checkpoint.tensor(pairs[name]), tensor)
+        name: _as_parameter(checkpoint.held(pairs[name]), tensor)
         for name, tensor in own.items()
         if name not in about.tied
     }
@@ -282,6 +289,9 @@ def delta_of(program: ExportedProgram) -> Delta:
         over = None
         if "signs" in fields:
             under = tuple(base[name].shape) if description["kind"] == "rows" else shape
+            outputs, features = reversed(under) if transposed else under
+            layout = layout_of(stacked["signs"], outputs, features)
+            stacked["signs"] = from_layout(stacked["signs"], outputs, features, layout)
             over = Sign(under, dtype, **{key: stacked[key] for key in _SIGN if key in stacked}, transposed=transposed)
         if "rows_index" in fields:
             encodings[name] = Rows(shape, dtype, stacked["rows_index"], stacked["rows_values"], over, transposed)
@@ -321,7 +331,8 @@ def with_tensors(program: ExportedProgram, tensors: Mapping[str, Tensor]) -> Exp
 
 
 def _without_values(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=tensor.requires_grad)
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad)
 
 
 def _as_parameter(tensor: Tensor, like: Tensor) -> nn.Parameter:

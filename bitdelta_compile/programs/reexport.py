@@ -24,6 +24,7 @@ from ..graph.batch import Batch, value_of
 from ..graph.context import Context, Parameter
 from ..graph.merge import BaseGraph
 from ..graph.rewrite import rewrite_for_rows
+from ..quantized import is_quantized
 from ..serve.bank import Bank
 from ..stack import Stack
 from .program import METADATA, PREFIX, TENANT, About, described
@@ -99,6 +100,8 @@ def rewritten_module(
             held[node.name] = f"{PREFIX}{parameter.name}.dense"
             add_buffer(module, held[node.name], value)
     for node in placeholders:
+        if is_quantized(program.state_dict.get(held.get(node.name, ""))):
+            _keep_linears(node)
         if node.name in held:
             with rewritten.graph.inserting_before(node):
                 attribute = rewritten.graph.create_node("get_attr", held[node.name])
@@ -111,6 +114,13 @@ def rewritten_module(
     rewritten.graph.set_codegen(_PyTreeCodeGen(signature))
     module.graph = rewritten.graph
     return module, signature
+
+
+def _keep_linears(weight: fx.Node) -> None:
+    """Let the linears with a quantized weight be nodes that leave it to the weight's class what to do."""
+    for user in weight.users:
+        if user.target is torch.ops.aten.linear.default and user.args[1] is weight:
+            user.target = torch.ops.bitdelta.base_linear.default
 
 
 def _with_row_index(info: _PyTreeInfo) -> _PyTreeInfo:
