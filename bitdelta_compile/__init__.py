@@ -1,6 +1,7 @@
 """One-bit deltas between fine-tunes and their base, as a property of torch.compile."""
 
-from .compress import compress
+from .compress import Allocation, compress
+from .compress.distill import distill
 from .delta import Delta
 from .explain import explain
 from .programs.export import export
@@ -14,12 +15,14 @@ from .serve.reserve import Reserve
 load = Delta.load
 
 __all__ = [
+    "Allocation",
     "Delta",
     "Package",
     "Reserve",
     "TenantModel",
     "attach",
     "compress",
+    "distill",
     "explain",
     "export",
     "load",

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .compress.encode import Settings
+from .compress.settings import Settings
 from .delta import Delta
 from .errors import BaseMismatchError, BitDeltaError, UnsupportedError
 from .explain import remember

@@ -64,7 +64,14 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace FILE if it e
 TextOption = Annotated[Path | None, typer.Option("--text", help="Text file, paragraphs set apart by blank lines.")]
 
 
+class Quality(enum.StrEnum):
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
+
+
 class Method(enum.StrEnum):
+    sequential = "sequential"
     closed_form = "closed_form"
     mean_abs = "mean_abs"
 
@@ -101,22 +108,41 @@ def compress(
     base: BaseArgument,
     tuned: TunedArgument,
     output: OutputOption,
-    method: Annotated[Method, typer.Option(help="How scales are fitted; mean_abs needs no forward pass.")] = (
-        Method.closed_form
-    ),
+    quality: Annotated[Quality, typer.Option(help="How much work goes into signs and scales.")] = Quality.best,
+    method: Annotated[
+        Method | None, typer.Option(help="In place of the quality's own; mean_abs needs no forward pass.")
+    ] = None,
     planes: Annotated[int, typer.Option(min=1, max=4, help="Bits per weight.")] = 1,
     rank: Annotated[int, typer.Option(min=0, help="Rank of the part fitted after the signs.")] = 0,
     text: TextOption = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Seed of random calibration tokens.")] = 0,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Calibration tokens; by the quality by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampled and random calibration tokens.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampled calibration tokens.")] = 1.0,
+    bits: Annotated[
+        float | None, typer.Option(help="Most bits of FILE per weight: measured on the model, matrices share them.")
+    ] = None,
+    max_bytes: Annotated[int | None, typer.Option("--max-bytes", help="Most bytes of FILE, instead of --bits.")] = None,
+    distill: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="STEPS", help="Then train the scales on the fine-tune's outputs: the paper has 200."
+        ),
+    ] = 0,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option("--work-dir", help="Keeps every fitted matrix: the call, repeated, goes on from there."),
+    ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compress TUNED into a delta on BASE. Needs no data; --text gives it some."""
     from .compress import compress as run
+    from .compress.distill import distill as train
     from .fidelity import read_texts
 
     _refuse_existing(output, force)
+    if distill and (bits is not None or max_bytes is not None):
+        raise UnsupportedError("--distill writes of itself into the file, past what a budget allows: give one of them")
     texts = read_texts(text) if text else None
     _quiet_transformers()
     start = time.perf_counter()
@@ -125,13 +151,20 @@ def compress(
             base,
             tuned,
             texts,
-            method=method.value,
+            quality=quality.value,
+            method=method.value if method else None,
             planes=planes,
             rank=rank,
             tokens=tokens,
             seed=seed,
+            temperature=temperature,
+            bits=bits,
+            max_bytes=max_bytes,
+            work_dir=work_dir,
             progress=report,
         )
+        if distill:
+            delta = train(base, tuned, delta, texts, steps=distill, seed=seed, progress=report)
         delta.save(output)
     _show_written(delta, output, time.perf_counter() - start, as_json)
 
@@ -164,6 +197,7 @@ def verify(
     tuned: TunedArgument,
     text: TextOption = None,
     min_recovered: Annotated[float, typer.Option(help="Fail (exit 1) below this share of the gap.")] = 0.0,
+    layers: Annotated[bool, typer.Option("--layers", help="Show where in the model it is lost.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how much of the way from BASE to TUNED a delta file recovers."""
@@ -179,6 +213,8 @@ def verify(
         _print_json(dataclasses.asdict(found) | {"recovered": found.recovered, "passed": passed})
     else:
         _out(render.fidelity_table(found))
+        if layers:
+            _out(render.layer_table(found))
     if not passed:
         raise typer.Exit(CHECK_FAILED)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import functools
 import json
 import zlib
 from collections.abc import Mapping
@@ -27,12 +26,11 @@ from .fileformat import (
     DTYPE_NAMES,
     DTYPES,
     FormatError,
-    TensorSpec,
     map_tensors,
     naturals,
     read_header,
     unique_keys,
-    write_safetensors,
+    write_tensors,
 )
 from .fingerprint import SAMPLES, Fingerprint
 from .kernels import layout
@@ -81,9 +79,8 @@ def write(path: Path, parts: Parts) -> None:
     }
     packed = base64.b64encode(zlib.compress(json.dumps(contents, separators=(",", ":")).encode(), 9)).decode()
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "contents": packed}
-    specs = [TensorSpec(name, t.dtype, tuple(t.shape), functools.partial(_itself, t)) for name, t in tensors.items()]
     try:
-        write_safetensors(path, specs, metadata)
+        write_tensors(path, tensors, metadata)
     except OSError as error:
         raise BitDeltaError(f"the delta cannot be written to {path}: {error.strerror}") from error
 
@@ -103,10 +100,6 @@ def require_finite(name: str, encoding: Encoding, tenant: str | None = None) -> 
             raise DeltaFileError(
                 f"{whose}{name}: {field} holds NaN or infinite values: the delta is damaged, make it again"
             )
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _describe(encoding: Encoding) -> dict[str, object]:

@@ -147,10 +147,10 @@ class Sign(Matrix):
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense delta, [shape]."""
-        dense = self._delta_rows(slice(0, self.out_features), dtype)
+        dense = self.rows(slice(0, self.out_features), dtype)
         return dense.T if self.transposed else dense
 
-    def _delta_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+    def rows(self, rows: slice | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense delta of some output features, [rows, K]."""
         deltas: Tensor = reference.delta_weight(
             self.signs[None, :, rows],
@@ -169,7 +169,7 @@ class Sign(Matrix):
         step = max(1, _BLOCK // max(1, self.in_features))
         for start in range(0, self.out_features, step):
             block = slice(start, start + step)
-            rows[block] += self._delta_rows(block)
+            rows[block] += self.rows(block)
         return tuned
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -228,6 +229,16 @@ def write_safetensors(path: str | Path, specs: Iterable[TensorSpec], metadata: M
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors that are in memory as a safetensors file; see `write_safetensors`."""
+    specs = [TensorSpec(name, t.dtype, tuple(t.shape), functools.partial(_itself, t)) for name, t in tensors.items()]
+    write_safetensors(path, specs, metadata)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def load_pickle(path: Path) -> dict[str, Tensor] | None:

@@ -7,18 +7,21 @@ recompilations) share one packed copy.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import released
+from . import quantized, released
 from .checkpoint import match_names
-from .compress.encode import Settings, encode, matrices_all_dense
+from .compress.encode import encode, matrices_all_dense
+from .compress.settings import Settings
+from .compress.streams import Run
 from .delta import Delta
 from .deltafile import require_finite
 from .encodings import Dense, Encoding, Rows
@@ -92,7 +95,8 @@ class DeltaSource:
         base_name = self._base_names[name]
         shape = self._fingerprint.shape(base_name)
         grown = isinstance(encoding, Rows) and encoding.shape != shape
-        comparable = tensor[tuple(slice(0, size) for size in shape)] if grown else tensor
+        whole = quantized.values(tensor)
+        comparable = whole[tuple(slice(0, size) for size in shape)] if grown else whole
         difference = self._fingerprint.difference(base_name, comparable)
         if difference is not None and alias != name:
             raise UnsupportedError(
@@ -101,7 +105,7 @@ class DeltaSource:
             )
         if difference is not None:
             raise BaseMismatchError(
-                f"this model is not the base the delta was made for: {difference}; compile the base it was made against"
+                f"this model is not the base the delta was made for: {difference}; {quantized.remedy(tensor)}"
             )
 
     def report_unmet(self) -> None:
@@ -172,6 +176,7 @@ class BaseSource:
     ) -> None:
         tuned = {name: inputs[node] for node, name in new.items()}
         released.refuse(tuned.items())
+        quantized.refuse(tuned.items())
         for name, tensor in tuned.items():
             if torch_internals.is_fake(tensor):
                 raise UnsupportedError(
@@ -184,7 +189,8 @@ class BaseSource:
         # What is made here outlives the call, which may be under torch.inference_mode.
         with torch.inference_mode(False):
             base = {name: theirs[name].detach() for name in tuned}
-            encodings, _ = encode(base, tuned, graph_forward(gm, example_inputs, inputs), self.settings)
+            runs = graph_runs(gm, example_inputs, inputs)
+            encodings, _ = encode(quantized.Values(base), tuned, runs, self.settings)
             self._check_related(encodings, theirs)
             for node, name in new.items():
                 here = self._in_tuned_dtype(name, base[name], tuned[name])
@@ -208,6 +214,11 @@ class BaseSource:
     def _in_tuned_dtype(self, name: str, base: Tensor, tuned: Tensor) -> Tensor:
         if base.dtype == tuned.dtype:
             return base
+        if quantized.is_quantized(base):
+            raise UnsupportedError(
+                f"{name} is quantized from {base.dtype} in the base and {tuned.dtype} in the tuned model: convert the "
+                "base to that dtype before quantizing it"
+            )
         log.warning(
             "%s is %s in the base and %s in the tuned model: a converted copy is kept, the base is not shared",
             name, base.dtype, tuned.dtype,
@@ -225,6 +236,13 @@ class BaseSource:
             tuned = inputs[node]
             if parameter.base is None or parameter.base.shape != tuned.shape:
                 log.info("%s keeps its tuned weights: the base has another shape", parameter.name)
+                continue
+            if quantized.is_quantized(parameter.base):
+                log.warning(
+                    "%s keeps its tuned weights, which cannot share a quantized tensor: to hold the base alone, "
+                    "compile it with the delta of bdc.compress",
+                    parameter.name,
+                )
                 continue
             tuned.data = parameter.base.data
             released.mark(tuned)
@@ -270,16 +288,14 @@ def source_for(owner: Delta | nn.Module, settings: Settings | None) -> Source:
     return sources[settings]
 
 
-def graph_forward(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: Mapping[fx.Node, Any]
-) -> Callable[[], None] | None:
-    """Calibration on a captured graph, run as often as it takes to see `CALIBRATION_TOKENS` tokens.
+def graph_runs(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: Mapping[fx.Node, Any]) -> list[Run]:
+    """Calibration on a captured graph, as many runs as it takes to see `CALIBRATION_TOKENS` tokens.
 
     Token ids that are looked up in a table are drawn at random from its vocabulary; every other input is the one of
     this call. None when there is nothing to run it on.
     """
     if any(torch_internals.is_fake(value) for value in example_inputs):
-        return None
+        return []
     tables = {
         ids: table.shape[0]
         for node, table in inputs.items()
@@ -288,21 +304,18 @@ def graph_forward(
         if ids in inputs and isinstance(inputs[ids], Tensor)
     }
     tokens = max((inputs[ids].numel() for ids in tables), default=0)
-    runs = -(-CALIBRATION_TOKENS // tokens) if tokens else 1
+    count = min(-(-CALIBRATION_TOKENS // tokens) if tokens else 1, CALIBRATION_RUNS)
     generator = torch.Generator().manual_seed(0)
 
-    def forward() -> None:
-        for _ in range(min(runs, CALIBRATION_RUNS)):
-            args = []
-            for node, value in inputs.items():
-                given = torch_internals.concrete(value)
-                if node in tables:
-                    drawn = torch.randint(tables[node], tuple(given.shape), generator=generator)
-                    given = drawn.to(device=given.device, dtype=given.dtype)
-                args.append(given)
-            gm(*args)
+    def drawn(node: fx.Node, given: Any) -> Any:
+        if node not in tables:
+            return given
+        ids = torch.randint(tables[node], tuple(given.shape), generator=generator)
+        return ids.to(device=given.device, dtype=given.dtype)
 
-    return forward
+    concrete = {node: torch_internals.concrete(value) for node, value in inputs.items()}
+    batches = [[drawn(node, value) for node, value in concrete.items()] for _ in range(count)]
+    return [Run(functools.partial(gm, *batch)) for batch in batches]
 
 
 def _ids_looked_up(table: fx.Node) -> list[fx.Node]:

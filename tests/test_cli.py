@@ -117,7 +117,14 @@ def test_verify(delta_file: Path, bert_pair) -> None:  # type: ignore[no-untyped
     assert found["base"] < found["compressed"] <= 1
     assert found["recovered"] == pytest.approx(1 - (1 - found["compressed"]) / (1 - found["base"]))
     assert found["passed"] is True
-    assert "recovered" in succeed("verify", delta_file, bert_pair.base, bert_pair.tuned)
+    assert found["beside"]["name"] == "rank correlation"
+    assert len(found["layers"]) == 3
+    assert all(0 < lost < 1 for lost in found["layers"])
+    shown = succeed("verify", delta_file, bert_pair.base, bert_pair.tuned)
+    assert "recovered" in shown
+    assert "rank correlation" in shown
+    assert "embedding" not in shown
+    assert "embedding" in succeed("verify", delta_file, bert_pair.base, bert_pair.tuned, "--layers")
 
 
 def test_verify_of_a_language_model(llama_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -127,6 +134,27 @@ def test_verify_of_a_language_model(llama_pair, tmp_path: Path) -> None:  # type
     found = json.loads(succeed("verify", file, llama_pair.base, llama_pair.tuned, "--text", text, "--json"))
     assert found["kind"] == "language model"
     assert found["recovered"] > 0.5
+    assert found["beside"]["name"] == "perplexity"
+    shown = succeed("verify", file, llama_pair.base, llama_pair.tuned, "--text", text)
+    assert f"{found['beside']['tuned']:.6f}" in shown
+
+
+def test_compress_within_a_budget(bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "x.bitdelta.safetensors"
+    arguments = ("compress", bert_pair.base, bert_pair.tuned, "-o", file, "--tokens", 256)
+    found = json.loads(succeed(*arguments, "--max-bytes", 60_000, "--json"))
+    assert 50_000 < found["file_bytes"] <= 60_000
+    message = refuse(*arguments, "--bits", "0.01", "--force")
+    assert "the smallest takes" in message
+    assert "give one of them" in refuse(*arguments, "--bits", "2", "--distill", 3, "--force")
+
+
+def test_compress_and_distill(llama_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file, text = tmp_path / "x.bitdelta.safetensors", tmp_path / "text.txt"
+    text.write_text("the language of python is a value\n\na value in the language\n" * 3)
+    options = ("--method", "mean_abs", "--text", text, "--distill", 2)
+    found = json.loads(succeed("compress", llama_pair.base, llama_pair.tuned, "-o", file, *options, "--json"))
+    assert "steps 2," in found["options"]["distilled"]
 
 
 def test_verify_fails_below_the_share_asked_for(delta_file: Path, bert_pair) -> None:  # type: ignore[no-untyped-def]

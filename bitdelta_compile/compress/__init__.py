@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,17 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import released
+from .. import quantized, released
 from ..checkpoint import Checkpoint, match_names, open_checkpoint
 from ..delta import Delta
 from ..errors import BaseMismatchError, UnsupportedError
+from ..fingerprint import Fingerprint
 from ..progress import Progress
+from .budget import limit, within
 from .calibrate import check_amount
 from .configs import check_buffers, check_configs
-from .encode import Method, Settings, encode, matrices_all_dense
-from .workload import prepare
+from .encode import check_values, encode, matrices_all_dense
+from .settings import RECIPES, Allocation, Method, Quality, Settings
+from .workdir import WorkDir
+from .workload import Workload, prepare
 
-__all__ = ["Settings", "compress", "encode"]
+__all__ = ["RECIPES", "Allocation", "Settings", "compress", "encode"]
 
 log = logging.getLogger(__name__)
 
@@ -28,26 +34,41 @@ log = logging.getLogger(__name__)
 def compress(
     base: nn.Module | str | Path,
     tuned: nn.Module | str | Path,
-    calibration: Iterable[str] | Iterable[Mapping[str, Any]] | None = None,
+    calibration: Iterable[Any] | str | None = None,
     *,
-    method: Method = "closed_form",
+    quality: Quality = "best",
+    method: Method | None = None,
     planes: int = 1,
     rank: int = 0,
-    tokens: int = 2048,
+    tokens: int | None = None,
     seed: int = 0,
+    temperature: float = 1.0,
+    allocation: Mapping[str, Allocation] | None = None,
+    bits: float | None = None,
+    max_bytes: int | None = None,
+    work_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Delta:
     """Compress `tuned` to a delta against `base`.
 
     Args:
-        base, tuned: loaded modules, checkpoint folders, or hub ids.
-        calibration: what the tuned model runs on to fit scales: None (random tokens), texts, or mappings of forward
-            arguments.
-        method: `closed_form` (least squares on the layers' inputs), or `mean_abs`: one scale per matrix from the
-            weights (BitDelta's start, arXiv 2402.10193); folders are then read tensor by tensor, no model is loaded.
+        base, tuned: loaded modules, checkpoint folders, or hub ids. Weights of folders stay in their files.
+        calibration: what both models run on: texts, conversations (lists of messages, written out by the tokenizer's
+            chat template), or mappings of forward arguments. None: tokens that the tuned model writes where it is a
+            causal language model, random tokens elsewhere; those fit scales only, signs fitted to them do harm.
+        quality: `fast`, `balanced` or `best`: see `RECIPES` for what each does and costs.
+        method: instead of the quality's own: `sequential`, `closed_form`, or `mean_abs`, one scale per matrix from the
+            weights (BitDelta's start, arXiv 2402.10193), for which folders are read tensor by tensor.
         planes: bits per weight, 1 to 4.  rank: of the low-rank part fitted after the signs.
-        tokens: of random or text calibration.  seed: of random tokens.
-        progress: called with (stage, done, total).
+        tokens: of calibration; the quality's own number by default.  seed: of random and sampled tokens.
+        temperature: of sampled tokens.
+        allocation: by parameter name of the tuned model: encoding, planes and rank of matrices that are not to have
+            what the others have.
+        bits, max_bytes: of the file, per weight of the tuned model or in all, never exceeded: what each matrix gets is
+            then decided by what its delta does to the model's outputs, instead of by planes, rank and allocation.
+        work_dir: a folder in which every fitted matrix is kept: an interrupted call, repeated, goes on from there and
+            gives the same file.
+        progress: called with (stage, done, total), the stages being `sample` (tokens) and `fit` (matrices).
 
     Returns:
         The delta; `report["parameters"][name]["error"]` is the relative error of that matrix's part of the output.
@@ -56,16 +77,16 @@ def compress(
         BaseMismatchError: no parameter in common, another graph (config, buffers), or weights unrelated to the base's.
         BitDeltaError: NaN or infinite weights.  CalibrationError: calibration that is empty or gives NaN.
         CheckpointError: a source that cannot be read.
-        UnsupportedError: an option out of range, or a compiled model whose tuned weights were let go.
+        UnsupportedError: an option out of range, a budget that no delta fits in (the message names the smallest), a
+            compiled model whose tuned weights were let go, or a `work_dir` that holds other work.
     """
-    try:
-        settings = Settings(method, planes, rank)
-    except ValueError as error:
-        raise UnsupportedError(str(error)) from None
+    settings, tokens = _settings(quality, method, planes, rank, tokens, allocation)
     check_amount(tokens, seed)
     for module in (base, tuned):
         if isinstance(module, nn.Module):
             released.refuse(module.named_parameters())
+    if isinstance(tuned, nn.Module):
+        quantized.refuse(tuned.named_parameters())
     ours, theirs = open_checkpoint(base), open_checkpoint(tuned)
     names = match_names(theirs.names(), [*ours.names(), *ours.tied])
     if not any(ours.shape(there) == theirs.shape(name) for name, there in names.items()):
@@ -73,39 +94,124 @@ def compress(
             f"{theirs.source} and {ours.source} have no parameter in common (same name and shape): "
             "give the model that was fine-tuned as the base"
         )
+    _check_ties(ours, theirs)
     check_configs(ours, theirs)
     if isinstance(base, nn.Module) and isinstance(tuned, nn.Module):
         check_buffers(base, tuned, names)
     _check_integers(ours, theirs, names)
-    workload = prepare(tuned, theirs, calibration, settings, tokens=tokens, seed=seed, progress=progress)
-    encodings, figures = encode(
-        {name: ours.tensor(there) for name, there in names.items()},
-        {name: theirs.tensor(name) for name in theirs.names()},
-        workload.forward,
-        settings,
-        handles=workload.handles,
-        copy=isinstance(tuned, nn.Module),
+    if unknown := settings.allocation.keys() - set(theirs.names()):
+        raise UnsupportedError(f"allocation names {min(unknown)}, which {theirs.source} does not have")
+    before = quantized.Values({name: ours.held(there) for name, there in names.items()})
+    after = {name: theirs.tensor(name) for name in theirs.names()}
+    check_values(before, after)
+    room = limit(bits, max_bytes, {name: theirs.shape(name) for name in theirs.names()})
+    if room is not None and allocation:
+        raise UnsupportedError("a budget decides what every matrix gets: give either allocation, or bits or max_bytes")
+    options: dict[str, Any] = {"quality": quality, "planes": planes, "rank": rank, "tokens": tokens, "seed": seed}
+    options |= {"temperature": temperature, "threads": torch.get_num_threads()}
+    options |= {} if room is None else {"max_bytes": room}
+    if work_dir is not None:
+        Path(work_dir).mkdir(parents=True, exist_ok=True)
+    keep = None if work_dir is None else Path(work_dir)
+    workload = prepare(
+        tuned, theirs, calibration, settings.method, tokens=tokens, seed=seed, temperature=temperature, keep=keep,
         progress=progress,
-    )
-    if dense := matrices_all_dense(encodings, settings):
+    )  # fmt: skip
+    if workload.data == "random" and settings.method == "sequential" and method is None:
+        settings = dataclasses.replace(settings, method="closed_form")
+    options |= {"method": settings.method, "calibration": workload.data}
+
+    def make(settings: Settings, folder: Path | None) -> Delta:
+        encodings, figures = encode(
+            before,
+            after,
+            workload.runs,
+            settings,
+            handles=workload.handles,
+            copy=isinstance(tuned, nn.Module),
+            checked=True,
+            work=None if folder is None else WorkDir(folder, _task(ours, theirs, options, settings, workload)),
+            progress=progress,
+        )
+        return Delta.of(ours, theirs, encodings, options=options, report={"parameters": figures})
+
+    with workload.evaluation():
+        if room is not None:
+            return within(room, make, before, after, workload, settings, keep, progress)
+        delta = make(settings, keep)
+    if dense := matrices_all_dense(delta.encodings, settings):
         raise BaseMismatchError(
             f"none of the {len(dense)} matrices of {theirs.source} is near that of {ours.source}: "
             "it is no fine-tune of this base; give the model that was fine-tuned"
         )
-    if all(encoding.kind == "same" for encoding in encodings.values()):
+    if all(encoding.kind == "same" for encoding in delta.encodings.values()):
         log.warning("%s equals its base %s: the delta changes nothing", theirs.source, ours.source)
-    options: dict[str, Any] = {"method": method, "planes": planes, "rank": rank, "tokens": tokens, "seed": seed}
-    fitted = settings.method == "closed_form" and workload.forward is not None
-    options["calibration"] = "none" if not fitted else "random" if calibration is None else "given"
-    return Delta.of(ours, theirs, encodings, options=options, report={"parameters": figures})
+    return delta
+
+
+def _check_ties(ours: Checkpoint, theirs: Checkpoint) -> None:
+    """One delta cannot stand for two tensors, of which quantizing has changed one."""
+    pairs = match_names([*theirs.names(), *theirs.tied], [*ours.names(), *ours.tied])
+    for alias, name in theirs.tied.items():
+        both = [ours.held(pairs[each]) for each in (alias, name) if each in pairs]
+        if len(both) == 2 and both[0] is not both[1] and any(map(quantized.is_quantized, both)):
+            raise UnsupportedError(
+                f"{alias} and {name} are one tensor in {theirs.source} and two in the base, where one is quantized: "
+                f"leave {alias} out when quantizing, or give the fine-tune a copy of its own there"
+            )
+
+
+def _settings(
+    quality: Quality,
+    method: Method | None,
+    planes: int,
+    rank: int,
+    tokens: int | None,
+    allocation: Mapping[str, Allocation] | None,
+) -> tuple[Settings, int]:
+    """Settings and number of tokens.
+
+    Raises:
+        UnsupportedError: an option out of range.
+    """
+    if quality not in RECIPES:
+        raise UnsupportedError(f"quality must be one of {', '.join(RECIPES)}, got {quality!r}")
+    recipe = RECIPES[quality]
+    try:
+        settings = Settings(
+            recipe.method if method is None else method,
+            planes,
+            rank,
+            passes=max(1, recipe.passes),
+            sweeps=recipe.sweeps,
+            allocation=dict(allocation or {}),
+        )
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from None
+    return settings, recipe.tokens if tokens is None else tokens
+
+
+def _task(
+    ours: Checkpoint, theirs: Checkpoint, options: Mapping[str, Any], settings: Settings, workload: Workload
+) -> dict[str, object]:
+    """What a work folder is for: equal for calls that give the same file."""
+    allocation = {name: dataclasses.astuple(given) for name, given in sorted(settings.allocation.items())}
+    return {
+        "base": Fingerprint.of(ours, ours.names()).digest,
+        "tuned": Fingerprint.of(theirs, theirs.names()).digest,
+        "calibration": workload.digest,
+        "options": dict(options),
+        "allocation": json.loads(json.dumps(allocation)),
+        "torch": torch.__version__,
+    }
 
 
 def _check_integers(ours: Checkpoint, theirs: Checkpoint, names: Mapping[str, str]) -> None:
     """Integer tensors are tables of the graph (position ids) or quantized weights: neither has a delta."""
     for name, there in names.items():
-        mine, other = ours.tensor(there), theirs.tensor(name)
-        if mine.is_floating_point() and other.is_floating_point():
+        if ours.dtype(there).is_floating_point and theirs.dtype(name).is_floating_point:
             continue
+        mine, other = ours.tensor(there), theirs.tensor(name)
         if mine.shape != other.shape or not torch.equal(mine.to(other.device, other.dtype), other):
             raise BaseMismatchError(
                 f"{name} is not floating point ({other.dtype}, the base's {mine.dtype}) and differs from the base's: "

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..progress import Progress
+from .streams import Run
 
 Batch = dict[str, Any]
 # Lengths of random sequences, each with an equal share of the tokens. Attention over many random tokens is nearly an
 # average, unlike any text: short sequences give the later layers inputs with more variety.
 RANDOM_LENGTHS = (8, 16, 32, 64, 128)
 TEXT_TOKENS = 512
+TEXT_BATCHES = 16  # at most: each is a run of its own
 # Positions kept free of random tokens: some tables (RoBERTa's) reserve their first entries.
 RESERVED_POSITIONS = 2
 
@@ -40,7 +43,8 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def _sequence_length(model: nn.Module, wanted: int) -> int:
+def sequence_length(model: nn.Module, wanted: int = TEXT_TOKENS) -> int:
+    """How long a sequence may be: `wanted`, or as many tokens as the model has positions for."""
     limit = getattr(_text_config(model), "max_position_embeddings", None)
     if isinstance(limit, int) and limit > RESERVED_POSITIONS:
         wanted = min(wanted, limit - RESERVED_POSITIONS)
@@ -68,7 +72,7 @@ def random_tokens(model: nn.Module, tokens: int, seed: int, device: torch.device
     generator = torch.Generator().manual_seed(seed)
     batches: list[Batch] = []
     for wanted in RANDOM_LENGTHS:
-        length = _sequence_length(model, min(wanted, tokens))
+        length = sequence_length(model, min(wanted, tokens))
         sequences = -(-tokens // (length * len(RANDOM_LENGTHS)))
         ids = torch.randint(size, (sequences, length), generator=generator).to(device)
         batches.append(_with_decoder(model, {"input_ids": ids}))
@@ -76,28 +80,47 @@ def random_tokens(model: nn.Module, tokens: int, seed: int, device: torch.device
 
 
 def text_batches(
-    model: nn.Module, texts: Iterable[str], tokenizer: Any, tokens: int, device: torch.device
+    model: nn.Module, texts: Iterable[Any], tokenizer: Any, tokens: int, device: torch.device
 ) -> list[Batch]:
-    """Texts tokenized one by one, cut to the model's positions, until `tokens` tokens are reached.
+    """Texts and conversations as token ids, cut to the model's positions, until `tokens` tokens are reached.
+
+    Sequences of about one length share a batch, cut to the shortest of it: without padding no model needs to heed a
+    mask. Texts that occur twice count once. A conversation, a list of messages {"role", "content"}, is written out by
+    the tokenizer's chat template.
 
     Raises:
-        CalibrationError: no text holds a token.
+        CalibrationError: no text holds a token, or conversations meet a tokenizer without a template.
     """
-    longest = _sequence_length(model, TEXT_TOKENS)
-    batches: list[Batch] = []
+    longest = sequence_length(model)
+    rows: dict[tuple[int, ...], None] = {}
     left = tokens
     for text in texts:
         if left <= 0:
             break
-        if not text.strip():
-            continue
-        ids = tokenizer(text, truncation=True, max_length=min(longest, max(left, 8)), return_tensors="pt")["input_ids"]
-        if ids.numel():
-            left -= ids.numel()
-            batches.append(_with_decoder(model, {"input_ids": ids.to(device)}))
-    if not batches:
-        raise CalibrationError("the calibration texts hold no token: give non-empty texts, or None for random tokens")
-    return batches
+        row = tuple(_ids(text, tokenizer, min(longest, max(left, 8))))
+        if row and row not in rows:
+            rows[row] = None
+            left -= len(row)
+    if not rows:
+        raise CalibrationError("the calibration texts hold no token: give non-empty texts, or None for no data")
+    ordered = sorted(rows, key=len)
+    height = -(-len(ordered) // TEXT_BATCHES)
+    groups = (ordered[first : first + height] for first in range(0, len(ordered), height))
+    ids = (torch.tensor([row[: len(group[0])] for row in group], device=device) for group in groups)
+    return [_with_decoder(model, {"input_ids": each}) for each in ids]
+
+
+def _ids(text: Any, tokenizer: Any, longest: int) -> list[int]:
+    if isinstance(text, str):
+        return list(tokenizer(text, truncation=True, max_length=longest)["input_ids"]) if text.strip() else []
+    try:
+        written = tokenizer.apply_chat_template(text, tokenize=False)
+    except Exception as error:  # jinja's own errors, or the tokenizer's for having no template
+        raise CalibrationError(
+            f"a conversation cannot be written out by the tokenizer's chat template ({error}): give texts"
+        ) from error
+    options = {"truncation": True, "max_length": longest, "add_special_tokens": False}
+    return list(tokenizer(written, **options)["input_ids"])
 
 
 def given_batches(calibration: Iterable[Any], device: torch.device) -> list[Batch]:
@@ -112,10 +135,17 @@ def given_batches(calibration: Iterable[Any], device: torch.device) -> list[Batc
             raise CalibrationError(
                 f"calibration item {place} is a {type(batch).__name__}: give texts, or mappings of forward arguments"
             )
-        batches.append({key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+        batches.append({key: _moved(value, device) for key, value in batch.items()})
     if not batches:
-        raise CalibrationError("calibration is empty: give at least one text or batch, or None for random tokens")
+        raise CalibrationError("calibration is empty: give at least one text or batch, or None for no data")
     return batches
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A value on the device; narrow floats as fp32, in which the model is run."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, torch.float32 if value.dtype in (torch.bfloat16, torch.float16) else value.dtype)
 
 
 def check_amount(tokens: int, seed: int) -> None:
@@ -127,23 +157,14 @@ def check_amount(tokens: int, seed: int) -> None:
 
 
 def make_batches(
-    model: nn.Module,
-    calibration: Iterable[str] | Iterable[Mapping[str, Any]] | str | None,
-    tokenizer: Callable[[], Any],
-    *,
-    tokens: int,
-    seed: int,
-) -> list[Batch]:
-    """Batches for `model` from whatever the caller gave; `tokenizer` is called only for texts."""
+    model: nn.Module, calibration: Iterable[Any] | str, tokenizer: Callable[[], Any], *, tokens: int
+) -> tuple[list[Batch], Literal["texts", "batches"]]:
+    """Batches for `model` from what the caller gave, and what that was; `tokenizer` is called only for texts."""
     device = device_of(model)
-    check_amount(tokens, seed)
-    if calibration is None:
-        return random_tokens(model, tokens, seed, device)
     items: list[Any] = [calibration] if isinstance(calibration, str) else list(calibration)
-    texts = [item for item in items if isinstance(item, str)]
-    if texts and len(texts) == len(items):
-        return text_batches(model, texts, tokenizer(), tokens, device)
-    return given_batches(items, device)
+    if items and all(isinstance(item, str | list) for item in items):
+        return text_batches(model, items, tokenizer(), tokens, device), "texts"
+    return given_batches(items, device), "batches"
 
 
 @contextlib.contextmanager
@@ -159,28 +180,36 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def runner(model: nn.Module, batches: list[Batch], progress: Progress | None = None) -> Callable[[], None]:
-    """A function that runs the model over the batches.
+def model_runs(model: nn.Module, batches: Sequence[Batch]) -> list[Run]:
+    """The model on each batch, without a cache of keys and values; to be run under `evaluation`.
 
-    Raises (the function):
+    Raises (a run):
         CalibrationError: the model does not accept a batch.
     """
+    try:
+        cached = "use_cache" in inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        cached = False
+    # On the meta device the values that a model looks at when it has no cache are missing.
+    extra = {"use_cache": False} if cached and device_of(model).type != "meta" else {}
 
-    def run() -> None:
-        with evaluation(model):
-            for done, batch in enumerate(batches):
-                if progress is not None:
-                    progress("calibrate", done, len(batches))
-                try:
-                    model(**batch)
-                except CalibrationError:
-                    raise
-                except Exception as error:  # whatever the model's own code raises for inputs it cannot take
-                    raise CalibrationError(
-                        f"{type(model).__name__} does not run on calibration batch {done} ({', '.join(batch)}): "
-                        f"{error}; give batches of its own forward arguments"
-                    ) from error
-        if progress is not None:
-            progress("calibrate", len(batches), len(batches))
+    def run(place: int, batch: Batch) -> object:
+        try:
+            return model(**(extra | batch))
+        except CalibrationError:
+            raise
+        except Exception as error:  # whatever the model's own code raises for inputs it cannot take
+            raise CalibrationError(
+                f"{type(model).__name__} does not run on calibration batch {place} ({', '.join(batch)}): "
+                f"{error}; give batches of its own forward arguments"
+            ) from error
 
-    return run
+    return [Run(functools.partial(run, place, batch), _mask(batch)) for place, batch in enumerate(batches)]
+
+
+def _mask(batch: Batch) -> Tensor | None:
+    """Which tokens count, where the batch says so for [B, S] and some do not."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return None
+    return mask.bool()

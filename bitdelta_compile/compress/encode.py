@@ -2,222 +2,235 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..encodings import Dense, Encoding, Rows, Same, Sign
-from ..errors import CalibrationError
-from ..kernels import layout
+from ..encodings import Dense, Encoding, Rows, Same
 from ..progress import Progress
-from .changes import Change, check_finite, compare, row_blocks
-from .fit import DeltaMatrix, Planes, ScaleFit
-from .lowrank import LowRankFit
-from .uses import Use, UseRecorder
+from .changes import Change, check_finite, compare
+from .fit import DeltaMatrix, Fitted, fit
+from .metric import Metric, Moments, measure
+from .sequence import Arrival, arrivals, collect
+from .settings import Settings
+from .streams import Run
+from .survey import Survey, Usage, survey
+from .uses import Use
+from .weights import FittedValues, TunedValues
+from .workdir import WorkDir
 
-Method = Literal["closed_form", "mean_abs"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to encode.
+class _Matrices:
+    """The candidates for sign planes, fitted one by one.
 
     Attributes:
-        method: `closed_form` fits row scales to the inputs of each layer; `mean_abs` is one scale per matrix, mean
-            |d|, from the weights.
-        planes: sign planes per matrix, 1 to 4.
-        rank: of the low-rank part of each matrix; 0 is none.
-        columns: column scales for each plane (`closed_form` only).
-        max_error: a matrix is stored dense if its planes leave more than this share of the tuned matrix's own norm.
-        min_elements: smaller matrices are stored dense.
+        encodings, report: of those done.
+        pending: those that are to be fitted to inputs, and are not yet.
     """
 
-    method: Method = "closed_form"
-    planes: int = 1
-    rank: int = 0
-    columns: bool = True
-    max_error: float = 0.25
-    min_elements: int = 4096
-
-    def __post_init__(self) -> None:
-        if self.method not in ("closed_form", "mean_abs"):
-            raise ValueError(f"method must be 'closed_form' or 'mean_abs', got {self.method!r}")
-        if not isinstance(self.planes, int) or not 1 <= self.planes <= 4:
-            raise ValueError(f"planes must be an integer, 1 to 4, got {self.planes!r}")
-        if not isinstance(self.rank, int) or self.rank < 0:
-            raise ValueError(f"rank must be an integer, 0 or more, got {self.rank!r}")
-
-    def sign_bytes(self, rows: int, features: int) -> int:
-        """Bytes of the sign planes, scales and low-rank part of a matrix [rows, features]."""
-        words = self.planes * (rows * (layout.words(features) + 1) + (features if self.scales_columns else 0))
-        return 4 * words + 2 * min(self.rank, rows, features) * (rows + features)
-
-    @property
-    def scales_columns(self) -> bool:
-        """Whether planes have column scales."""
-        return self.columns and self.method != "mean_abs"
-
-
-class _Collector:
-    """Gathers, over one run of the model, how each candidate matrix is used, and fits its scales on the way."""
-
     def __init__(
-        self, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], candidates: set[str], settings: Settings
-    ):
-        self.base, self.tuned, self.settings = base, tuned, settings
-        self.candidates = candidates
-        self.transposed: dict[str, bool] = {}
-        self.refused: dict[str, str] = {}
-        self.fits: dict[str, ScaleFit] = {}
+        self,
+        base: Mapping[str, Tensor],
+        tuned: Mapping[str, Tensor],
+        changes: Mapping[str, Change],
+        settings: Settings,
+        copy: bool,
+        work: WorkDir | None,
+    ) -> None:
+        self.base, self.tuned, self.changes, self.settings = base, tuned, changes, settings
+        self.copy, self.work = copy, work
+        self.encodings: dict[str, Encoding] = {}
+        self.report: dict[str, Any] = {}
+        self.pending: set[str] = set()
+        self.usage: dict[str, Usage] = {}
+        self._metric: Metric | None = None
 
-    def fit(self, name: str) -> ScaleFit:
-        """The matrix's fit, made when first asked for."""
-        if name not in self.fits:
-            one_scale = self.settings.method == "mean_abs"
-            matrix = DeltaMatrix(self.base[name], self.tuned[name], self.transposed.get(name, False))
-            columns = self.settings.scales_columns
-            self.fits[name] = ScaleFit(Planes(matrix, self.settings.planes, columns=columns, one_scale=one_scale))
-        return self.fits[name]
+    def transposed(self, name: str) -> bool:
+        return bool(self.usage[name].transposed) if name in self.usage else False
 
-    def __call__(self, use: Use) -> None:
-        name = use.name
-        if name not in self.candidates or name in self.refused:
-            return
-        if use.kind == "other":
-            self._refuse(name, f"used by {use.op}")
-        elif self.transposed.setdefault(name, use.transposed) != use.transposed:
-            self._refuse(name, "multiplied both as stored and transposed")
-        elif self.features(name) is None:
-            self._refuse(name, f"shape {list(self.tuned[name].shape)} against the base's {list(self.base[name].shape)}")
-        elif self.settings.method == "closed_form":
-            if use.kind == "embedding":
-                self.fit(name).update_embedding()
-            elif use.operand is not None:
-                self._update(name, use.operand)
+    def features(self, name: str) -> int:
+        return self.tuned[name].shape[0 if self.transposed(name) else 1]
 
-    def features(self, name: str) -> int | None:
-        """K, if both sides have the same."""
-        side = 0 if self.transposed.get(name, False) else 1
-        ours, theirs = self.base[name].shape[side], self.tuned[name].shape[side]
-        return ours if ours == theirs else None
+    def prepare(self, names: set[str], seen: Survey | None) -> None:
+        """Settle what needs no fit; the rest is pending if the run reaches it."""
+        self.usage = dict(seen.usage) if seen is not None else {}
+        for name in sorted(names):
+            why = self.usage[name].refused if name in self.usage else None
+            found = self._dense(name, why) if why else self._unfitted(name)
+            if found is not None:
+                self._settle(name, *found)
+            elif name in self.usage and self.settings.method != "mean_abs":
+                self.pending.add(name)
 
-    def _update(self, name: str, x: Tensor) -> None:
-        if x.is_meta:
-            return
-        if not bool(torch.isfinite(x).all()):
-            raise CalibrationError(
-                f"{name}: the inputs it meets on the calibration data hold NaN or infinite values; "
-                "run the tuned model in fp32 or bf16, or give other calibration data"
+    def _settle(self, name: str, encoding: Encoding, figures: dict[str, Any]) -> None:
+        self.encodings[name], self.report[name] = encoding, figures
+        self.pending.discard(name)
+
+    def _dense(self, name: str, why: str) -> tuple[Encoding, dict[str, Any]]:
+        tuned = self.tuned[name]
+        return Dense(tuple(tuned.shape), tuned.dtype, keep(tuned, self.copy)), {"why": why}
+
+    def refuse(self, use: Use) -> None:
+        """A use that no earlier run had shown."""
+        if use.name in self.pending or use.name in self.encodings:
+            self._settle(use.name, *self._dense(use.name, f"used by {use.op}"))
+
+    def _grown(self, name: str) -> Tensor:
+        """Rows that only the tuned matrix has, int64."""
+        ours, theirs = (t[name].shape[1 if self.transposed(name) else 0] for t in (self.base, self.tuned))
+        return torch.arange(ours, max(ours, theirs))
+
+    def _row_bytes(self, name: str) -> int:
+        return 8 + self.features(name) * self.tuned[name].element_size()
+
+    def _unfitted(self, name: str) -> tuple[Encoding, dict[str, Any]] | None:
+        """The encoding of a matrix that sign planes are not for; None where they are."""
+        base, tuned, change, transposed = self.base[name], self.tuned[name], self.changes[name], self.transposed(name)
+        given = self.settings.allocation.get(name)
+        if given is not None and given.encoding == "dense":
+            return self._dense(name, "asked for")
+        if given is not None and given.encoding == "same" and base.shape == tuned.shape:
+            return Same(tuple(tuned.shape), tuned.dtype), {"why": "asked for"}
+        side = 0 if transposed else 1
+        if base.shape[side] != tuned.shape[side]:
+            return self._dense(name, f"the base has shape {list(base.shape)}")
+        grown = self._grown(name)
+        listed = torch.cat([change.columns if transposed else change.rows, grown])
+        rows_bytes = listed.numel() * self._row_bytes(name)
+        planes_bytes = self.settings.sign_bytes(base.shape[1 - side], self.features(name), name)
+        if rows_bytes < min(tuned.nbytes, planes_bytes + grown.numel() * self._row_bytes(name)):
+            return _rows(tuned, listed, None, transposed), {"rows": listed.numel()}
+        return None
+
+    def fit(self, name: str, metric: Metric | None, weight: Tensor | None = None) -> None:
+        """Planes for a matrix, unless they come out too far off or too large; kept in the work folder at once."""
+        planes, rank = self.settings.size(name)
+        matrix = DeltaMatrix(self.base[name], self.tuned[name], self.transposed(name))
+        done = self.work.load(name) if self.work is not None else None
+        if done is None:
+            done = fit(matrix, metric, self.settings, planes=planes, rank=rank, weight=weight)
+            if self.work is not None:
+                done = self.work.store(name, done)
+        self._settle(name, *self._judge(name, done))
+
+    def _judge(self, name: str, done: Fitted) -> tuple[Encoding, dict[str, Any]]:
+        tuned, settings, grown = self.tuned[name], self.settings, self._grown(name)
+        if done.weight_error > settings.max_error:
+            return self._dense(
+                name, f"planes leave {done.weight_error:.3g} of its norm, more than {settings.max_error:g}"
             )
-        self.fit(name).update(x)
+        if done.sign.nbytes + grown.numel() * self._row_bytes(name) >= tuned.nbytes:
+            return self._dense(name, "planes take no fewer bytes")
+        figures = {"error": done.error, "weight_error": done.weight_error, "energy": done.energy}
+        rounded = {key: float(f"{figure:.4g}") for key, figure in figures.items()}
+        if done.sign.shape == tuned.shape:
+            return done.sign, rounded
+        return _rows(tuned, grown, done.sign, self.transposed(name)), rounded
 
-    def _refuse(self, name: str, why: str) -> None:
-        self.refused[name] = why
-        self.fits.pop(name, None)
+    def arrive(self, at: Arrival, shared: Mapping[str, Moments]) -> None:
+        """Fit the matrix that the streams stand before."""
+        name, settings = at.name, self.settings
+        if self.work is not None and self.work.load(name) is not None:
+            self._metric = None if at.fresh else self._metric
+            return self.fit(name, None)
+        factor = settings.method == "sequential" or settings.ranked
+        weight = None
+        if at.looked_up:
+            weight = torch.bincount(at.ids(), minlength=self.base[name].shape[0])[: self.base[name].shape[0]].float()
+            weight = (weight + 1).to(self.tuned[name].device)
+        if name in shared:
+            moments = shared[name]
+            extra = self._balance(name, moments) if self.usage[name].looked_up else 0.0
+            self._metric = None
+            return self.fit(name, measure(moments, factor=factor, extra=extra), weight)
+        if at.looked_up:
+            return self.fit(name, None, weight)
+        if at.fresh or self._metric is None:
+            self._metric = None
+            self._metric = measure(at.moments(self.features(name)), factor=factor)
+        self.fit(name, self._metric)
 
-
-def _pack(fit: ScaleFit, row_scale: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Sign, float]:
-    """The planes packed block by block, and the norm of what they leave relative to the tuned matrix's."""
-    planes, matrix = fit.planes, fit.matrix
-    signs = torch.empty(planes.count, matrix.rows, layout.words(matrix.features), dtype=torch.int32)
-    lost = 0.0
-    for first, block in matrix.blocks():
-        positives, left_over = planes.residual(block, first, row_scale)
-        rows = slice(first, first + block.shape[0])
-        for plane, positive in enumerate(positives):
-            signs[plane, rows] = layout.pack(positive).cpu()
-        if left is not None and right is not None:
-            left_over -= (left[rows].float() @ right.float()).to(left_over.device)
-        lost += float(left_over.square_().sum(dtype=torch.float64))
-    tuned = matrix.tuned.detach()
-    norm = sum(float(tuned[block].float().square().sum(dtype=torch.float64)) for block in row_blocks(tuned))
-    col_scale = None if planes.col_scale is None else planes.col_scale.cpu()
-    shape = tuple(matrix.base.shape)
-    sign = Sign(shape, matrix.tuned.dtype, signs, row_scale.cpu(), col_scale, left, right, matrix.transposed)
-    return sign, (lost / norm) ** 0.5 if norm > 0 else 0.0
-
-
-def _fit_low_rank(
-    collector: _Collector, forward: Callable[[], None] | None, handles: Mapping[str, Tensor], rank: int
-) -> dict[str, LowRankFit]:
-    """A second run: the low-rank part follows the final scales."""
-    scales = {name: fit.solve() for name, fit in collector.fits.items()}
-    low_rank = {name: LowRankFit(fit.planes, scales[name].row_scale, rank) for name, fit in collector.fits.items()}
-
-    def on_use(use: Use) -> None:
-        if use.kind == "linear" and use.name in low_rank and use.operand is not None and scales[use.name].input_weight:
-            low_rank[use.name].update(use.operand, scales[use.name].input_weight)
-
-    if forward is not None and any(found.input_weight for found in scales.values()):
-        with UseRecorder(handles, on_use):
-            forward()
-    for name, found in scales.items():
-        if found.row_weight:
-            low_rank[name].update_weights(found.row_weight)
-    return low_rank
+    def _balance(self, name: str, moments: Moments) -> float:
+        """What to add to H's diagonal so that lookups and products of a tied table count equally, each relative to
+        its own energy."""
+        matrix = DeltaMatrix(self.base[name], self.tuned[name], self.transposed(name))
+        multiplied = looked_up = 0.0
+        for _, block in matrix.blocks():
+            multiplied += float(((block @ moments.gram) * block).sum(dtype=torch.float64)) / max(1, moments.tokens)
+            looked_up += float(block.square().sum(dtype=torch.float64))
+        return multiplied / looked_up if looked_up > 0 else 0.0
 
 
-def _keep(tensor: Tensor, copy: bool) -> Tensor:
+def keep(tensor: Tensor, copy: bool) -> Tensor:
+    """The tensor on the CPU, its own memory if `copy`."""
     kept = tensor.detach().cpu()
     return kept.clone() if copy else kept
 
 
-def _rows(tuned: Tensor, index: Tensor, over: Sign | None, transposed: bool) -> Rows:
+def _rows(tuned: Tensor, index: Tensor, over: Any, transposed: bool) -> Rows:
     by_row = tuned.detach().T if transposed else tuned.detach()
     values = by_row[index.to(tuned.device)].cpu().contiguous()
     return Rows(tuple(tuned.shape), tuned.dtype, index, values, over, transposed)
 
 
+def check_values(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
+    """Raise BitDeltaError naming the parameter where one of either model holds NaN or infinite values."""
+    for name, tensor in tuned.items():
+        check_finite(name, tensor, "tuned")
+        if name in base:
+            check_finite(name, base[name], "base")
+
+
 def encode(
     base: Mapping[str, Tensor],
     tuned: Mapping[str, Tensor],
-    forward: Callable[[], None] | None,
+    runs: Sequence[Run] | Callable[[], object] | None,
     settings: Settings,
     *,
     handles: Mapping[str, Tensor] | None = None,
     copy: bool = True,
+    checked: bool = False,
+    work: WorkDir | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Encoding], dict[str, Any]]:
     """Encode every tuned tensor against its base.
 
     Semantics, first rule that holds:
         same   the base, in the tuned dtype, equals the tuned tensor
-        dense  not a floating-point matrix, unknown to the base, of other features than the base's, or under
-               `min_elements`
+        dense  not a floating-point matrix, unknown to the base, under `min_elements`, or of other features
+        dense  some use of it is not a plain product or lookup
         rows   the rows that differ or are new, stored outright, take fewer bytes than sign planes
-        dense  some use of it is not a plain product or lookup, or the planes are too far off (`max_error`) or not
-               smaller
+        dense  the planes are too far off (`max_error`) or not smaller
         sign   P planes; under `rows` with the new rows where the matrix grew
 
     Args:
         base, tuned: tensors by the tuned model's names; names that the base lacks are new.
-        forward: runs the tuned model on calibration data (`closed_form`), or once on anything, meta tensors included,
-            to show uses. It is called once, and once more when rank > 0. None: every matrix counts as an [N, K]
-            linear weight, scales from the weights.
+        runs: the tuned model on each calibration batch; for `mean_abs` only the first is run, to show uses, meta
+            tensors included. A function is one run. None: every matrix counts as an [N, K] linear weight, scales from
+            the weights.
         settings: see `Settings`.
-        handles: the tensors that `forward` uses, by the same names, where they are not `tuned` itself (a model on the
-            meta device).
+        handles: the tensors that runs use, by the same names, where they are not `tuned` itself (a model on the meta
+            device).
         copy: dense values are copied; False where `tuned` is mapped from a file that stays.
-        progress: called with ("encode", done, total).
+        checked: `check_values` has been called.
+        work: where each fitted matrix is kept, so that an interrupted run goes on from there.
+        progress: called with ("fit", done, total), counting matrices.
 
     Returns:
         Encodings by name, and the report: per sign-encoded matrix `error` (relative error of the delta's output on
-        the calibration data, or of the delta itself where there was none) and `weight_error` (of the tuned matrix's
-        norm), per dense matrix `why`.
+        the calibration data, or of the delta itself where there was none), `weight_error` (of the tuned matrix's
+        norm) and `energy` (the squared output of the whole delta, per token); per dense matrix `why`.
 
     Raises:
         BitDeltaError: a parameter holds NaN or infinite values.  CalibrationError: a layer's inputs do.
     """
     handles = tuned if handles is None else handles
-    changes: dict[str, Change] = {}
-    for name, tensor in tuned.items():
-        check_finite(name, tensor, "tuned")
-        if name in base:
-            check_finite(name, base[name], "base")
-            changes[name] = compare(base[name], tensor)
+    runs = [] if runs is None else [Run(runs)] if callable(runs) else list(runs)
+    if not checked:
+        check_values(base, tuned)
+    changes = {name: compare(base[name], tensor) for name, tensor in tuned.items() if name in base}
     candidates = {
         name
         for name, change in changes.items()
@@ -227,32 +240,56 @@ def encode(
         and tuned[name].numel() >= settings.min_elements
         and base[name].numel() > 0
     }
-    collector = _Collector(base, tuned, candidates, settings)
-    if forward is not None and candidates:
-        with torch.no_grad(), UseRecorder(handles, collector):
-            forward()
-    encodings: dict[str, Encoding] = {}
-    report: dict[str, Any] = {}
-    low_rank: dict[str, LowRankFit] = {}
-    if settings.rank:
-        for name in sorted(candidates - collector.refused.keys()):
-            if collector.features(name) is not None:
-                collector.fit(name)
-        with torch.no_grad():
-            low_rank = _fit_low_rank(collector, forward, handles, settings.rank)
-    for done, (name, tensor) in enumerate(tuned.items()):
+    matrices = _Matrices(base, tuned, changes, settings, copy, work)
+    values = TunedValues(tuned)
+    seen = survey(runs[0], handles, candidates, values) if runs and candidates else None
+    values.forget()
+    matrices.prepare(candidates, seen)
+
+    def report(done: int) -> None:
         if progress is not None:
-            progress("encode", done, len(tuned))
+            progress("fit", done, len(candidates))
+
+    report(len(matrices.encodings))
+    with torch.no_grad():
+        if seen is not None and matrices.pending:
+            _fit_to_inputs(matrices, runs, handles, values, seen, report)
+        for name in sorted(candidates - matrices.encodings.keys()):
+            matrices.fit(name, None)
+            report(len(matrices.encodings))
+    encodings: dict[str, Encoding] = {}
+    for name, tensor in tuned.items():
         if name in changes and changes[name].equal:
             encodings[name] = Same(tuple(tensor.shape), tensor.dtype)
-        elif name not in candidates:
-            encodings[name] = Dense(tuple(tensor.shape), tensor.dtype, _keep(tensor, copy))
+        elif name in candidates:
+            encodings[name] = matrices.encodings[name]
         else:
-            with torch.no_grad():
-                encodings[name], report[name] = _encode_matrix(name, collector, changes[name], low_rank.get(name), copy)
-    if progress is not None:
-        progress("encode", len(tuned), len(tuned))
-    return encodings, report
+            encodings[name] = Dense(tuple(tensor.shape), tensor.dtype, keep(tensor, copy))
+    return encodings, {name: matrices.report[name] for name in tuned if name in matrices.report}
+
+
+def _fit_to_inputs(
+    matrices: _Matrices,
+    runs: Sequence[Run],
+    handles: Mapping[str, Tensor],
+    values: TunedValues,
+    seen: Survey,
+    report: Callable[[int], None],
+) -> None:
+    several = {
+        name: matrices.features(name)
+        for name in matrices.pending
+        if seen.usage[name].multiplied + seen.usage[name].looked_up > 1 and seen.usage[name].multiplied
+    }
+    shared = collect(runs, handles, values, several, seen)
+    compressed = None
+    if matrices.settings.method == "sequential":
+        compressed = FittedValues(matrices.base, matrices.tuned)
+        compressed.encodings = matrices.encodings
+    for at in arrivals(runs, handles, matrices.pending, values, compressed, matrices.refuse):
+        matrices.arrive(at, shared)
+        shared.pop(at.name, None)
+        report(len(matrices.encodings))
 
 
 def matrices_all_dense(encodings: Mapping[str, Encoding], settings: Settings) -> list[str]:
@@ -266,43 +303,3 @@ def matrices_all_dense(encodings: Mapping[str, Encoding], settings: Settings) ->
         if len(encoding.shape) == 2 and encoding.shape[0] * encoding.shape[1] >= settings.min_elements
     }
     return list(matrices) if all(encoding.kind == "dense" for encoding in matrices.values()) else []
-
-
-def _encode_matrix(
-    name: str, collector: _Collector, change: Change, low_rank: LowRankFit | None, copy: bool
-) -> tuple[Encoding, dict[str, Any]]:
-    """The encoding of a matrix that changed, by bytes and by measured error."""
-    base, tuned, settings = collector.base[name], collector.tuned[name], collector.settings
-
-    def dense(why: str) -> tuple[Encoding, dict[str, Any]]:
-        return Dense(tuple(tuned.shape), tuned.dtype, _keep(tuned, copy)), {"why": why}
-
-    if name in collector.refused:
-        return dense(collector.refused[name])
-    if collector.features(name) is None:
-        return dense(f"the base has shape {list(base.shape)}")
-    transposed = collector.transposed.get(name, False)
-    ours, theirs = (t.shape[1 if transposed else 0] for t in (base, tuned))
-    grown = torch.arange(ours, max(ours, theirs))
-    listed = torch.cat([change.columns if transposed else change.rows, grown])
-    features = tuned.shape[0 if transposed else 1]
-    row_bytes = listed.element_size() + features * tuned.element_size()
-    rows_bytes = listed.numel() * row_bytes
-    planes_bytes = settings.sign_bytes(ours, features) + grown.numel() * row_bytes
-    if rows_bytes < min(tuned.nbytes, planes_bytes):
-        return _rows(tuned, listed, None, transposed), {"rows": listed.numel()}
-    fit = collector.fit(name)
-    scales = fit.solve()
-    left = right = None
-    if low_rank is not None:
-        left, right, regained = low_rank.solve()
-        scales.lost -= regained
-    sign, weight_error = _pack(fit, scales.row_scale, left, right)
-    error = (max(0.0, scales.lost) / scales.energy) ** 0.5 if scales.energy > 0 else 0.0
-    collector.fits.pop(name)
-    if weight_error > settings.max_error:
-        return dense(f"planes leave {weight_error:.3g} of its norm, more than {settings.max_error:g}")
-    if sign.nbytes + grown.numel() * row_bytes >= tuned.nbytes:
-        return dense("planes take no fewer bytes")
-    found = {"error": float(f"{error:.4g}"), "weight_error": float(f"{weight_error:.4g}")}
-    return (sign if ours == theirs else _rows(tuned, grown, sign, transposed)), found

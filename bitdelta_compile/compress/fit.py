@@ -1,8 +1,7 @@
-"""Fitting sign planes: which sign each weight's delta gets, and the scales that lose the least of the layer's output.
+"""From the delta of one matrix to sign planes, scales and a low-rank part.
 
-Notation: d [N, K] is tuned - base, X the layer's inputs, H = X^T X. A plane is q = sign * col_scale; with q fixed,
-the row scales a that minimise |X (d - sum_p a_p q_p)^T|^2 solve, for each row, sum_p' (q_p H q_p') a_p' = d H q_p.
-Neither H nor d is ever held whole: everything accumulates over tokens and over blocks of rows.
+Notation: d [N, K] is tuned - base, X the layer's inputs, H = X^T X; an error r in a row of weights costs r H r. Rows
+are independent given H, so everything here goes over blocks of rows and the delta is never held whole.
 """
 
 from __future__ import annotations
@@ -13,13 +12,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..encodings import Sign
+from ..kernels import layout
+from . import signs as choice
+from .lowrank import LowRank
+from .metric import Metric
+from .settings import Settings
+
 # Elements of one block of a delta in fp32: bounds the memory beyond the checkpoints (1 MiB per temporary).
 BLOCK_ELEMENTS = 1 << 18
-BLOCK_TOKENS = 2048
-ENOUGH_TOKENS = 256  # inputs of shorter calls are gathered: every pass unpacks the whole delta
-# Damping H + 0.01 mean(diag H) I, as in GPTQ (arXiv 2210.17323): directions that calibration never showed still count
-# a little.
-DAMPING = 0.01
+# The same where H is there: its products want more rows at once, and the chain over columns costs the same for any.
+FIT_ELEMENTS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +48,33 @@ class DeltaMatrix:
     def features(self) -> int:
         return self.base.shape[0 if self.transposed else 1]
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, fp32 [n, K]) over all rows; rows that the tuned model lacks are zero."""
+    def blocks(self, elements: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """(first row, fp32 [n, K]) over all rows; rows that the tuned model lacks are zero.
+
+        Args:
+            elements: about how many a block holds; BLOCK_ELEMENTS by default.
+        """
         base, tuned = (t.T if self.transposed else t for t in (self.base.detach(), self.tuned.detach()))
-        height = max(1, BLOCK_ELEMENTS // max(1, self.features))
+        height = max(1, (elements or BLOCK_ELEMENTS) // max(1, self.features))
         for first in range(0, self.rows, height):
             ours = base[first : first + height]
             theirs = tuned[first : first + ours.shape[0]]
             block = torch.zeros(ours.shape, dtype=torch.float32, device=tuned.device)
             torch.sub(theirs.float(), ours[: theirs.shape[0]].float().to(tuned.device), out=block[: theirs.shape[0]])
             yield first, block
+
+    def rows_of_tuned(self, rows: slice) -> Tensor:
+        """The tuned matrix, fp32 [n, K]; rows that it lacks are zero."""
+        tuned = self.tuned.detach().T if self.transposed else self.tuned.detach()
+        found = tuned[rows].float()
+        return torch.nn.functional.pad(found, (0, 0, 0, rows.stop - rows.start - found.shape[0]))
+
+    def tuned_energy(self) -> float:
+        """The squared norm of the tuned matrix."""
+        total = 0.0
+        for first in range(0, self.tuned.shape[0], height := max(1, BLOCK_ELEMENTS // max(1, self.tuned.shape[1]))):
+            total += float(self.tuned.detach()[first : first + height].float().square().sum(dtype=torch.float64))
+        return total
 
 
 def choose_signs(values: Tensor, first_row: int = 0) -> Tensor:
@@ -72,193 +92,194 @@ def choose_signs(values: Tensor, first_row: int = 0) -> Tensor:
     return positive
 
 
-class Planes:
-    """Cuts a delta into P residual planes by the weights alone; the scales found here only steer the later signs.
-
-    Plane p takes the sign of what the planes before it left, and, if asked, a column scale: the mean of |residual|
-    over the rows, normalised to a mean of 1, so that row scales stay comparable with and without it.
-
-    Args:
-        matrix: the delta.
-        count: P.
-        columns: give each plane a column scale.
-        one_scale: scale each plane by one number, the mean of |residual| over the whole matrix (BitDelta, arXiv
-            2402.10193, eq. 3), instead of each row by its least-squares scale.
-    """
-
-    def __init__(self, matrix: DeltaMatrix, count: int, *, columns: bool = False, one_scale: bool = False) -> None:
-        self.matrix = matrix
-        self.count = 0
-        self.one_scale = one_scale
-        self.col_scale: Tensor | None = None
-        self.scalars: list[float] = []
-        for _ in range(count if columns or one_scale else 0):
-            self._measure(columns)
-        self.count = count
-
-    def _measure(self, columns: bool) -> None:
-        """Column means and overall mean of the next plane: one pass over the delta."""
-        rows, features = max(1, self.matrix.rows), max(1, self.matrix.features)
-        total = torch.zeros(self.matrix.features, dtype=torch.float64, device=self.matrix.tuned.device)
-        for first, block in self.matrix.blocks():
-            _, _, residual = self.cut(block, first)
-            total += residual.abs_().sum(0, dtype=torch.float64)
-        mean = float(total.sum()) / rows / features
-        if self.one_scale:
-            self.scalars.append(mean)
-        if columns:
-            scale = (total / rows / mean if mean > 0 else torch.ones_like(total)).float().unsqueeze(0)
-            self.col_scale = scale if self.col_scale is None else torch.cat([self.col_scale, scale])
-        self.count += 1
-
-    def cut(self, block: Tensor, first_row: int) -> tuple[list[Tensor], Tensor, Tensor]:
-        """One block of rows -> the planes' signs (bool [n, K]), their weight-only scales fp32 [n, P], the residual."""
-        residual = block.clone()
-        signs: list[Tensor] = []
-        scales = torch.zeros(block.shape[0], self.count, device=block.device)
-        for plane in range(self.count):
-            positive = choose_signs(residual, first_row)
-            signs.append(positive)
-            q = self.values(positive, plane)
-            if self.one_scale:
-                scales[:, plane] = self.scalars[plane]
-            else:
-                scales[:, plane] = (residual * q).sum(-1) / q.square().sum(-1).clamp_min(torch.finfo(q.dtype).tiny)
-            residual.addcmul_(q, scales[:, plane, None], value=-1)
-        return signs, scales, residual
-
-    def values(self, positive: Tensor, plane: int) -> Tensor:
-        """q of one plane: bool [n, K] -> fp32 [n, K]."""
-        q = positive.float().mul_(2).sub_(1)
-        return q if self.col_scale is None else q.mul_(self.col_scale[plane])
-
-    def residual(self, block: Tensor, first_row: int, row_scale: Tensor) -> tuple[list[Tensor], Tensor]:
-        """One block with the final `row_scale` [P, N] -> the planes' signs, and what they leave, fp32 [n, K]."""
-        signs, _, _ = self.cut(block, first_row)
-        left_over = block.clone()
-        for plane, positive in enumerate(signs):
-            scale = row_scale[plane, first_row : first_row + block.shape[0], None].to(block.device)
-            left_over.addcmul_(self.values(positive, plane), scale, value=-1)
-        return signs, left_over
-
-
-@dataclasses.dataclass
-class _Statistics:
-    """Sums over inputs: cross [N, P] = d H q, gram [N, P, P] = q H q, energy = sum of (X d)^2. fp64."""
-
-    cross: Tensor
-    gram: Tensor
-    energy: float = 0.0
-
-    @classmethod
-    def zeros(cls, rows: int, planes: int, device: torch.device) -> _Statistics:
-        zeros = torch.zeros(rows, planes, planes, dtype=torch.float64, device=device)
-        return cls(zeros[:, 0].clone(), zeros)
-
-
-@dataclasses.dataclass
-class Scales:
-    """What a fit found.
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """The planes of one matrix.
 
     Attributes:
-        row_scale: fp32 [P, N].
-        energy, lost: squared output of the delta, and of what the planes leave of it, each use weighted as below.
-        input_weight, row_weight: of the inputs the matrix multiplied, and of its rows being looked up.
+        sign: the encoding.
+        error: of the delta's output: |X (d - found)^T| over |X d^T|; of the delta itself where there was no metric.
+        weight_error: |d - found| over |tuned|.
+        energy: d H d, per token: the squared output of the delta.
     """
 
-    row_scale: Tensor
+    sign: Sign
+    error: float
+    weight_error: float
     energy: float
-    lost: float
-    input_weight: float
-    row_weight: float
 
 
-class ScaleFit:
-    """Row scales of a matrix from the inputs it met, streamed: it holds [N, P (P + 1)] numbers however many tokens."""
+def column_means(matrix: DeltaMatrix, planes: int, weight: Tensor | None = None) -> Tensor:
+    """Column scales from the weights alone, fp32 [P, K]: the mean of |residual| over rows, each plane's mean being 1.
 
-    def __init__(self, planes: Planes) -> None:
-        self.planes = planes
-        self.matrix = planes.matrix
-        self.tokens = 0
-        self.input_energy = 0.0
-        self.embedding = False
-        self._pending: list[Tensor] = []  # inputs of short calls, until there are enough of them to be worth a pass
-        device = self.matrix.tuned.device
-        self._inputs = _Statistics.zeros(self.matrix.rows, planes.count, device)
-        self._identity = _Statistics.zeros(self.matrix.rows, planes.count, device)
-        for first, block in self.matrix.blocks():
-            signs, _, _ = planes.cut(block, first)
-            values = [planes.values(positive, plane) for plane, positive in enumerate(signs)]
-            self._add(self._identity, first, block, values)
+    Args:
+        weight: fp32 [N] or None: how much each row counts.
+    """
+    found = torch.empty(0, matrix.features, device=matrix.tuned.device)
+    for plane in range(planes):
+        total = torch.zeros(matrix.features, dtype=torch.float64, device=matrix.tuned.device)
+        for first, block in matrix.blocks():
+            rest = block.T.contiguous()
+            for before in range(plane):
+                _peel(rest, found[before], first, None)
+            rest.abs_()
+            total += (rest if weight is None else rest * weight[first : first + block.shape[0]]).sum(1).double()
+        mean = float(total.mean()) if total.numel() else 0.0
+        scale = (total / mean if mean > 0 else torch.ones_like(total)).float()
+        found = torch.cat([found, scale.unsqueeze(0)])
+    return found
 
-    @staticmethod
-    def _add(into: _Statistics, first: int, delta: Tensor, values: list[Tensor]) -> None:
-        """Add products along the last dimension of delta [n, *] and of each plane's values [n, *]."""
-        rows = slice(first, first + delta.shape[0])
-        for p, mine in enumerate(values):
-            into.cross[rows, p] += (delta * mine).sum(-1)
-            for other in range(p + 1):
-                into.gram[rows, p, other] += (mine * values[other]).sum(-1)
-                into.gram[rows, other, p] = into.gram[rows, p, other]
-        into.energy += float(delta.square().sum(dtype=torch.float64))
 
-    def update(self, x: Tensor) -> None:
-        """Add inputs x [*, K] of one call of the layer."""
-        flat = x.detach().reshape(-1, self.matrix.features)
-        self.tokens += flat.shape[0]
-        if flat.shape[0] < ENOUGH_TOKENS:
-            self._pending.append(flat.clone())
-            if sum(short.shape[0] for short in self._pending) >= ENOUGH_TOKENS:
-                self._flush()
-        else:
-            self._accumulate(flat)
+def plane_means(matrix: DeltaMatrix, planes: int) -> list[float]:
+    """One scale per plane, the mean of |residual| over the whole matrix (BitDelta, arXiv 2402.10193, eq. 3)."""
+    found: list[float] = []
+    for _ in range(planes):
+        total = 0.0
+        for first, block in matrix.blocks():
+            for scalar in found:
+                block -= torch.where(choose_signs(block, first), scalar, -scalar)
+            total += float(block.abs_().sum(dtype=torch.float64))
+        found.append(total / max(1, matrix.rows * matrix.features))
+    return found
 
-    def _flush(self) -> None:
-        if self._pending:
-            short, self._pending = torch.cat(self._pending), []
-            self._accumulate(short)
 
-    def _accumulate(self, flat: Tensor) -> None:
-        for chunk in flat.split(BLOCK_TOKENS):
-            tokens = chunk.float().T  # [K, t]
-            self.input_energy += float(tokens.square().sum(dtype=torch.float64))
-            for first, block in self.matrix.blocks():
-                signs, _, _ = self.planes.cut(block, first)
-                values = [self.planes.values(positive, plane) @ tokens for plane, positive in enumerate(signs)]
-                self._add(self._inputs, first, block @ tokens, values)
+def _peel(rest: Tensor, columns: Tensor | None, first_row: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Take one plane with the target's own signs off `rest` [K, n], in place: signs fp32 [1, K, n], scale [1, n]."""
+    signs = own_signs(rest, first_row)
+    column = None if columns is None else columns.unsqueeze(0)
+    scale = choice.fit_scale(rest, signs, column, h)
+    rest -= choice.values(signs, scale, column)
+    return signs, scale
 
-    def update_embedding(self) -> None:
-        """Note that rows are looked up: each then counts by its own least squares, named by a token or not."""
-        self.embedding = True
 
-    def solve(self) -> Scales:
-        """The row scales, 0 where a row's delta is 0.
+def own_signs(rest: Tensor, first_row: int) -> Tensor:
+    """The signs of [K, n], as fp32 [1, K, n]."""
+    return choose_signs(rest.T, first_row).T.float().mul_(2).sub_(1).unsqueeze(0)
 
-        Inputs count with damping; with no inputs, inputs that are all zero, or lookups only, the weights alone
-        decide. Where a tied matrix is both multiplied and looked up, both count equally, each relative to its own
-        energy.
-        """
-        self._flush()
-        inputs, identity = self._inputs, self._identity
-        shown = 1 / inputs.energy if self.input_energy > 0 and inputs.energy > 0 else 0.0
-        alone = 1 / identity.energy if identity.energy > 0 else 1.0
-        multiplied_only = shown > 0 and not self.embedding
-        damping = shown * DAMPING * self.input_energy / self.matrix.features if multiplied_only else alone
-        cross = shown * inputs.cross + damping * identity.cross
-        gram = shown * inputs.gram + damping * identity.gram
-        if self.planes.one_scale:
-            scale = torch.tensor(self.planes.scalars, dtype=torch.float64, device=cross.device).expand_as(cross).clone()
-        elif self.planes.count == 1:
-            scale = cross / gram[..., 0].clamp_min(torch.finfo(torch.float64).tiny)
-        else:
-            scale = (torch.linalg.pinv(gram, hermitian=True) @ cross.unsqueeze(-1)).squeeze(-1)
-        scale[identity.cross[:, 0] == 0] = 0  # the plane's sum of |d| over the row
-        row_scale = scale.float()
-        found = Scales(row_scale.T.contiguous(), 0.0, 0.0, shown, 0.0 if multiplied_only else alone)
-        a = row_scale.double()
-        for weight, part in ((found.input_weight, inputs), (found.row_weight, identity)):
-            if weight:
-                explained = (a * (2 * part.cross - torch.einsum("npq,nq->np", part.gram, a))).sum()
-                found.energy += weight * part.energy
-                found.lost += weight * (part.energy - float(explained))
-        return found
+
+def _block_of_means(target: Tensor, first_row: int, means: list[float], silent: Tensor) -> tuple[Tensor, Tensor]:
+    """Signs and scales of a block, each plane's scale given; rows `silent`, bool [n], have the scale 0."""
+    rest, parts = target.clone(), []
+    scale = torch.tensor(means, device=target.device).unsqueeze(-1).expand(-1, target.shape[1])
+    scale = scale.masked_fill(silent, 0.0)
+    for plane in range(len(means)):
+        parts.append(own_signs(rest, first_row))
+        rest -= parts[-1][0] * scale[plane]
+    return torch.cat(parts), scale
+
+
+def _fit_block(
+    target: Tensor,
+    first_row: int,
+    columns: Tensor | None,
+    metric: Metric | None,
+    settings: Settings,
+    planes: int,
+    fed: bool,
+) -> tuple[Tensor, Tensor]:
+    """Signs fp32 [P, K, n] and scale [P, n] of target [K, n], both in the metric's order."""
+    h = None if metric is None else metric.h
+    rest = target.clone()
+    parts = [_peel(rest, None if columns is None else columns[plane], first_row, h) for plane in range(planes)]
+    signs = torch.cat([part[0] for part in parts])
+    scale = choice.fit_scale(target, signs, columns, h) if planes > 1 else parts[0][1]
+    if not fed or metric is None or metric.upper is None or h is None:
+        return signs, scale
+    for _ in range(settings.passes):
+        signs = choice.feed_errors(target, scale, columns, metric.upper)
+        scale = choice.fit_scale(target, signs, columns, h)
+    for _ in range(settings.sweeps):
+        choice.flip_signs(target, signs, scale, columns, h)
+        scale = choice.fit_scale(target, signs, columns, h)
+    return signs, scale
+
+
+def fit(
+    matrix: DeltaMatrix,
+    metric: Metric | None,
+    settings: Settings,
+    *,
+    planes: int,
+    rank: int,
+    weight: Tensor | None = None,
+) -> Fitted:
+    """Planes, and a low-rank part fitted after them, that lose the least under `metric`.
+
+    Args:
+        metric: what errors cost; None: every weight counts alike.
+        weight: fp32 [N] or None: how much each row counts for the column scales.
+    """
+    device, features = matrix.tuned.device, matrix.features
+    columns = column_means(matrix, planes, weight) if settings.scales_columns else None
+    means = plane_means(matrix, planes) if settings.method == "mean_abs" else None
+    order = torch.arange(features, device=device) if metric is None else metric.order
+    if metric is not None:
+        metric = dataclasses.replace(metric, h=metric.ordered)
+    ordered = None if columns is None else columns[:, order]
+    signs = torch.empty(planes, matrix.rows, layout.words(features), dtype=torch.int32)
+    scale = torch.empty(planes, matrix.rows)
+    rank = min(rank, matrix.rows, features)
+    fed = settings.method == "sequential" and metric is not None and metric.upper is not None
+    left = torch.empty(matrix.rows, rank)
+    low_rank = LowRank(rank, features, metric, device) if rank else None
+    right: Tensor | None = None
+    lost = energy = apart = 0.0
+    for last in (False, True) if low_rank is not None else (True,):
+        if low_rank is not None and last:
+            right = low_rank.right()
+        for first, delta in matrix.blocks(BLOCK_ELEMENTS if metric is None else FIT_ELEMENTS):
+            rows = slice(first, first + delta.shape[0])
+            shift = None if metric is None else metric.shift
+            target = (delta if shift is None else delta + matrix.rows_of_tuned(rows) @ shift).T[order]
+            found, sizes = signs.new_empty(0), scale[:, rows].to(device)
+            if low_rank is not None and right is not None:
+                found = _unpack(signs[:, rows], features, device)[:, order]
+                factor = low_rank.left(target - choice.values(found, sizes, ordered))
+                target -= (factor @ right).T
+                left[rows] = factor.cpu()
+            if means is None and (right is None or fed):
+                found, sizes = _fit_block(target, first, ordered, metric, settings, planes, fed)
+            elif means is None:  # the delta's own signs stay: those of what the low-rank part leaves are worse
+                sizes = choice.fit_scale(target, found, ordered, None if metric is None else metric.h)
+            elif right is None:
+                found, sizes = _block_of_means(target, first, means, (delta == 0).all(-1))
+            rest = target - choice.values(found, sizes, ordered)  # [K, n]
+            back = torch.empty_like(found)
+            back[:, order] = found
+            for plane in range(planes):
+                signs[plane, rows] = layout.pack(back[plane].T > 0).cpu()
+            scale[:, rows] = sizes.cpu()
+            if low_rank is not None and right is None:
+                low_rank.add(rest)
+            else:
+                lost += _cost(rest, metric)
+                energy += _cost(delta.T[order], metric)
+                apart += _cost(rest, None)
+    if right is not None:
+        right = torch.empty_like(right).index_copy_(1, order, right)
+    sign = Sign(
+        tuple(matrix.base.shape),
+        matrix.tuned.dtype,
+        signs,
+        scale,
+        None if columns is None else columns.cpu(),
+        None if right is None else left.bfloat16(),
+        None if right is None else right.bfloat16().cpu(),
+        matrix.transposed,
+    )
+    return Fitted(sign, _ratio(lost, energy), _ratio(apart, matrix.tuned_energy()), energy)
+
+
+def _unpack(signs: Tensor, features: int, device: torch.device) -> Tensor:
+    """int32 [P, n, W] -> fp32 [P, K, n]."""
+    return layout.unpack_signs(signs.to(device), features, torch.float32).transpose(1, 2)
+
+
+def _cost(rest: Tensor, metric: Metric | None) -> float:
+    """Sum over rows of r H r, for errors [K, n]."""
+    weighed = rest if metric is None else metric.h @ rest
+    return float((rest * weighed).sum(dtype=torch.float64))
+
+
+def _ratio(lost: float, energy: float) -> float:
+    return float((max(0.0, lost) / energy) ** 0.5) if energy > 0 else 0.0

@@ -7,7 +7,7 @@ back to it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -175,6 +175,11 @@ class UseRecorder(TorchFunctionMode):
                 return Use(name, "linear", reading.x, reading.rows_first != (view == "as stored"), op)
         return None
 
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], uses: Sequence[Use]) -> Any:
+        """Run an operation that reaches some parameter; `uses` are its products and lookups. Subclasses may put other
+        values in the place of parameters."""
+        return func(*args, **kwargs)
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -192,14 +197,16 @@ class UseRecorder(TorchFunctionMode):
             except TypeError:  # a call form this reading does not know, e.g. operands by keyword: reported as `other`
                 readings = []
         others: list[str] = []
+        uses: list[Use] = []
         for name in names:
             occurrences = sum(owner is not None and owner[0] == name for owner in owners)
             use = self._read(name, readings, op) if occurrences == 1 else None
             if use is None:
                 others.append(name)
             else:
+                uses.append(use)
                 self._on_use(use)
-        result = func(*args, **kwargs)
+        result = self.call(func, args, kwargs, uses)
         produced = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for name in others:
             made = [leaf for leaf in produced if (owner := self._owner(leaf)) is None or owner[0] != name]

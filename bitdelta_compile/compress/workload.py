@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint, match_names
 from ..errors import CalibrationError, UnsupportedError
+from ..fileformat import map_tensors, read_header, write_tensors
 from ..progress import Progress
 from . import calibrate
-from .encode import Settings
+from .loading import mapped_model
+from .sample import can_write, first_tokens, sample
+from .settings import Method
+from .streams import Run
 
 log = logging.getLogger(__name__)
 
+Data = Literal["texts", "batches", "sampled", "random", "none"]
+
 # Enough to see every use once: two sequences of eight tokens.
 _GLANCE_TOKENS = 16
+_SAMPLED = "sampled.safetensors"
+_SAMPLED_ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +38,22 @@ class Workload:
     """What `encode` runs.
 
     Attributes:
-        forward: runs the tuned model; None when there is nothing to run.
+        runs: the tuned model on each calibration batch; none when there is nothing to run.
         handles: the tensors it uses, by the checkpoint's names.
+        data: what the batches are: `texts`, `batches`, `sampled`, `random`, or `none`.
+        digest: of the batches' values.
+        model: the module that runs, None where there is none.
     """
 
-    forward: Callable[[], None] | None
+    runs: Sequence[Run]
     handles: Mapping[str, Tensor]
+    data: Data = "none"
+    digest: str = ""
+    model: nn.Module | None = None
+
+    def evaluation(self) -> contextlib.AbstractContextManager[None]:
+        """To run in: no dropout, no gradients."""
+        return contextlib.nullcontext() if self.model is None else calibrate.evaluation(self.model)
 
 
 def _architecture(checkpoint: Checkpoint) -> tuple[type[nn.Module], Any] | None:
@@ -65,7 +85,7 @@ def _handles(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _tokenizer(source: str) -> Callable[[], Any]:
+def tokenizer_of(source: str) -> Callable[[], Any]:
     def load() -> Any:
         from transformers import AutoTokenizer
 
@@ -87,24 +107,37 @@ def _on_meta(model_class: Any, config: Any) -> nn.Module:
     return model
 
 
-def _glance(model: nn.Module, progress: Progress | None) -> Callable[[], None]:
+def _glance(model: nn.Module) -> list[Run]:
     """A run on a few tokens: it shows uses and nothing else."""
-    return calibrate.runner(
-        model, calibrate.random_tokens(model, _GLANCE_TOKENS, 0, calibrate.device_of(model)), progress
-    )
+    batches = calibrate.random_tokens(model, _GLANCE_TOKENS, 0, calibrate.device_of(model))
+    return calibrate.model_runs(model, batches[:1])
+
+
+def _load(model_class: Any, config: Any, checkpoint: Checkpoint) -> nn.Module:
+    """The model on its mapped file; loaded into memory where the file has other tensors than the model."""
+    model = mapped_model(model_class, config, checkpoint)
+    if model is None:
+        log.info("%s is loaded into memory: its file has other tensors than the model", checkpoint.source)
+        model = model_class.from_pretrained(checkpoint.source, dtype="auto")
+    return model.eval()
 
 
 def prepare(
     source: nn.Module | str | Path,
     checkpoint: Checkpoint,
     calibration: Iterable[Any] | None,
-    settings: Settings,
+    method: Method,
     *,
     tokens: int,
     seed: int,
+    temperature: float,
+    keep: Path | None,
     progress: Progress | None,
 ) -> Workload:
-    """The run that shows `encode` how `source` uses its parameters and, for `closed_form`, what inputs they meet.
+    """The runs that show `encode` how `source` uses its parameters and what inputs they meet.
+
+    Args:
+        keep: where sampled tokens are kept, so that they are drawn once.
 
     Raises:
         CalibrationError: calibration is empty, or the model does not run on it.
@@ -121,12 +154,12 @@ def prepare(
                     f"{checkpoint.source}: calibration needs a model that runs, and transformers has no such "
                     "architecture: give loaded models instead of folders"
                 )
-            return Workload(None, {})
+            return Workload([], {})
         model_class, config = built
-        if settings.method == "mean_abs":
+        if method == "mean_abs":
             shape = _on_meta(model_class, config)
-            return Workload(_glance(shape, progress), _handles(checkpoint, shape))
-        model = model_class.from_pretrained(checkpoint.source, dtype="auto")  # type: ignore[attr-defined]
+            return Workload(_glance(shape), _handles(checkpoint, shape), model=shape)
+        model = _load(model_class, config, checkpoint)
         name = checkpoint.source
     handles = _handles(checkpoint, model)
     if calibration is None and calibrate.vocabulary(model) is None:
@@ -135,8 +168,55 @@ def prepare(
             "weights, and row scales are the mean of |d| over each row",
             checkpoint.source,
         )
-        return Workload(None, handles)
-    if settings.method == "mean_abs" and calibration is None:
-        return Workload(_glance(model, progress), handles)
-    batches = calibrate.make_batches(model, calibration, _tokenizer(name), tokens=tokens, seed=seed)
-    return Workload(calibrate.runner(model, batches, progress), handles)
+        return Workload([], handles)
+    if method == "mean_abs" and calibration is None:
+        return Workload(_glance(model), handles, model=model)
+    tokenizer = tokenizer_of(name)
+    data: Data
+    if calibration is not None:
+        batches, data = calibrate.make_batches(model, calibration, tokenizer, tokens=tokens)
+    elif can_write(model):
+        batches, data = _sampled(model, tokenizer, keep, tokens, seed, temperature, progress), "sampled"
+    else:
+        device = calibrate.device_of(model)
+        batches, data = calibrate.random_tokens(model, tokens, seed, device), "random"
+    return Workload(calibrate.model_runs(model, batches), handles, data, _digest(batches), model)
+
+
+def _digest(batches: Sequence[calibrate.Batch]) -> str:
+    found = hashlib.sha256()
+    for batch in batches:
+        for key, value in sorted(batch.items()):
+            found.update(key.encode())
+            plain = value.detach().cpu().contiguous() if isinstance(value, Tensor) else None
+            found.update(
+                repr(value).encode() if plain is None else plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
+    return found.hexdigest()
+
+
+def _sampled(
+    model: nn.Module,
+    tokenizer: Callable[[], Any],
+    keep: Path | None,
+    tokens: int,
+    seed: int,
+    temperature: float,
+    progress: Progress | None,
+) -> list[calibrate.Batch]:
+    """Sequences that the model writes, in batches of one run each."""
+    path = None if keep is None else keep / _SAMPLED
+    if path is not None and path.exists():
+        stored = map_tensors(path, read_header(path))
+        drawn = [stored[key] for key in sorted(stored)]
+    else:
+        starts = first_tokens(model, tokenizer)
+        with calibrate.evaluation(model):
+            drawn = sample(
+                model, starts, tokens, longest=calibrate.sequence_length(model), temperature=temperature, seed=seed,
+                progress=progress,
+            )  # fmt: skip
+        if path is not None:
+            write_tensors(path, {str(place): ids for place, ids in enumerate(drawn)}, {})
+    device = calibrate.device_of(model)
+    return [{"input_ids": part.to(device)} for ids in drawn for part in ids.split(_SAMPLED_ROWS)]

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitdelta_compile.compress.encode import Settings, encode, matrices_all_dense
+from bitdelta_compile.compress.encode import encode, matrices_all_dense
+from bitdelta_compile.compress.settings import Allocation, Settings
 from bitdelta_compile.encodings import Dense, Rows, Same, Sign
 from bitdelta_compile.errors import BitDeltaError, CalibrationError
 
@@ -90,7 +91,7 @@ def test_inputs_decide_the_scales():
 @pytest.mark.parametrize("option", ["planes", "rank"])
 def test_more_bits_lose_less(option):
     base, tuned = pair()
-    for method in ("closed_form", "mean_abs"):
+    for method in ("closed_form", "mean_abs", "sequential"):
         errors = [
             encode_one(base, tuned, linear, method=method, **{option: count})[1]["error"] for count in (1, 2, 3, 4)
         ]
@@ -252,7 +253,7 @@ def test_progress_ends_complete():
     base, tuned = pair()
     calls = []
     encode({"w": base}, {"w": tuned, "b": torch.ones(3)}, None, Settings(), progress=lambda *call: calls.append(call))
-    assert calls == [("encode", 0, 2), ("encode", 1, 2), ("encode", 2, 2)]
+    assert calls == [("fit", 0, 1), ("fit", 1, 1)]
 
 
 @pytest.mark.parametrize("option", [{"planes": 0}, {"planes": 5}, {"rank": -1}, {"method": "magic"}])
@@ -262,12 +263,21 @@ def test_settings_out_of_range(option):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"method": "mean_abs"}, {"planes": 3}, {"rank": 5}, {"planes": 2, "rank": 90}]
+    "settings",
+    [
+        {},
+        {"method": "mean_abs"},
+        {"method": "sequential"},
+        {"planes": 3},
+        {"rank": 5},
+        {"planes": 2, "rank": 90},
+        {"allocation": {"w": Allocation(planes=2, rank=3)}},
+    ],
 )
 def test_the_bytes_of_planes_are_known_beforehand(settings):
     encoding, _ = encode_one(*pair(), linear, **settings)
     assert isinstance(encoding, Sign)
-    assert Settings(**settings).sign_bytes(N, K) == encoding.nbytes
+    assert Settings(**settings).sign_bytes(N, K, "w") == encoding.nbytes
 
 
 def test_matrices_that_are_all_dense_are_listed():
@@ -275,3 +285,90 @@ def test_matrices_that_are_all_dense_are_listed():
     assert matrices_all_dense({"a": big, "b": big, "c": tiny}, Settings()) == ["a", "b"]
     assert matrices_all_dense({"a": big, "b": Same((N, K), torch.float32)}, Settings()) == []
     assert matrices_all_dense({"c": tiny, "d": Same((4, 4), torch.float32)}, Settings()) == []
+
+
+def two_layers(first, second):
+    def run():
+        x = torch.randn(64, K, generator=torch.Generator().manual_seed(3)) + 1
+        return F.linear(F.relu(F.linear(x, first)), second)
+
+    return run
+
+
+def test_the_second_layer_makes_up_for_the_first():
+    torch.manual_seed(0)
+    base = {"one": torch.randn(N, K), "two": torch.randn(80, N)}
+    tuned = {name: value + 0.05 * torch.randn_like(value) for name, value in base.items()}
+    run = two_layers(tuned["one"], tuned["two"])
+    wanted, lost = run(), []
+    for method in ("closed_form", "sequential"):
+        encodings, report = encode(base, tuned, run, Settings(method=method))
+        assert set(report) == {"one", "two"}
+        found = {name: encodings[name].apply(base[name]) for name in base}
+        lost.append(float((two_layers(found["one"], found["two"])() - wanted).norm()))
+    assert lost[1] < 0.7 * lost[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_run_in_fp32(dtype):
+    base, tuned = pair(step=0.05)
+    base, tuned = base.to(dtype), tuned.to(dtype)
+    seen = []
+
+    def run():
+        x = torch.randn(64, K, generator=torch.Generator().manual_seed(3))
+        seen.append(F.linear(x.to(tuned.dtype), tuned.detach(), torch.zeros(N)))
+
+    encode({"w": base}, {"w": tuned}, run, Settings(method="sequential"))
+    assert {found.dtype for found in seen} == {torch.float32}
+
+
+def test_a_matrix_used_twice_is_fitted_to_both_uses():
+    base, tuned = pair()
+    generator = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(64, 9, generator=generator) @ torch.randn(9, K, generator=generator) for _ in range(2)]
+
+    def use(count):
+        return lambda w: [F.linear(x, w) for x in inputs[:count]]
+
+    for method in ("closed_form", "sequential"):
+        both, first = (encode_one(base, tuned, use(count), method=method)[0] for count in (2, 1))
+        lost = [float((inputs[1] @ (e.apply(base) - tuned).T).norm()) for e in (both, first)]
+        assert lost[0] < 0.95 * lost[1]
+
+
+@pytest.mark.parametrize("method", ["closed_form", "sequential"])
+def test_a_tied_table_serves_both_uses(method):
+    base, tuned = pair()
+    ids = torch.arange(0, N, 3)
+
+    def use(w):
+        return F.embedding(ids, w), F.linear(torch.randn(64, K, generator=torch.Generator().manual_seed(3)) + 1, w)
+
+    tied, product = encode_one(base, tuned, use, method=method)[0], encode_one(base, tuned, linear, method=method)[0]
+    lookup_error = [float((e.apply(base) - tuned).norm()) for e in (tied, product)]
+    product_error = [float((use(e.apply(base))[1] - use(tuned)[1]).norm()) for e in (tied, product)]
+    if method == "sequential":
+        assert lookup_error[0] < lookup_error[1]
+    assert product_error[0] < 0.7 * float((use(base)[1] - use(tuned)[1]).norm())
+
+
+def test_an_allocation_overrules_the_settings():
+    base, tuned = (dict(zip("abcd", (pair()[side] for _ in range(4)), strict=True)) for side in (0, 1))
+    tuned = {name: base[name] + 0.01 * torch.randn(N, K) for name in base}
+    allocation = {"a": Allocation("dense"), "b": Allocation("same"), "c": Allocation(planes=3, rank=2)}
+
+    def run():
+        for name in "abcd":
+            linear(tuned[name])
+
+    encodings, _ = encode(base, tuned, run, Settings(method="sequential", allocation=allocation))
+    assert [encodings[name].kind for name in "abcd"] == ["dense", "same", "sign", "sign"]
+    assert torch.equal(encodings["b"].apply(base["b"]), base["b"])
+    assert [(encodings[name].planes, encodings[name].rank) for name in "cd"] == [(3, 2), (1, 0)]
+
+
+@pytest.mark.parametrize("given", [{"encoding": "rows"}, {"planes": 0}, {"rank": -1}])
+def test_allocations_out_of_range(given):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        Allocation(**given)

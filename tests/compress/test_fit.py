@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from bitdelta_compile.compress import fit as fit_module
-from bitdelta_compile.compress import lowrank as lowrank_module
-from bitdelta_compile.compress.fit import DeltaMatrix, Planes, ScaleFit, choose_signs
-from bitdelta_compile.compress.lowrank import LowRankFit
+from bitdelta_compile.compress.fit import DeltaMatrix, choose_signs, column_means, fit
+from bitdelta_compile.compress.metric import Moments, measure
+from bitdelta_compile.compress.settings import Settings
 
-SHAPES = [(5, 33), (1, 7), (16, 64), (3, 1)]
+SHAPES = [(5, 33), (1, 7), (16, 64), (3, 1), (40, 130)]
 
 
 def matrix(rows, features, seed=0):
@@ -21,24 +21,27 @@ def delta(of):
     return of.tuned.double() - of.base.double()
 
 
-def inputs(features, tokens=50, seed=1):
+def inputs(features, tokens=300, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, features, generator=generator) * torch.linspace(0.1, 3, features) + 0.5
+    mix = torch.randn(features, features, generator=generator) * torch.linspace(0.1, 1, features) ** 2
+    return torch.randn(tokens, features, generator=generator) @ mix + 0.5
 
 
-def dense(planes, row_scale):
-    """What planes with these row scales amount to, fp64 [N, K]."""
-    total = torch.zeros(planes.matrix.rows, planes.matrix.features, dtype=torch.float64)
-    for first, block in planes.matrix.blocks():
-        for plane, positive in enumerate(planes.cut(block, first)[0]):
-            rows = slice(first, first + block.shape[0])
-            total[rows] += row_scale[plane, rows, None].double() * planes.values(positive, plane).double()
-    return total
+def metric_of(x, tuned=None):
+    moments = Moments(x.shape[1], x.device)
+    moments.add(x, tuned)
+    return measure(moments, factor=True)
 
 
-def output_error(of, planes, row_scale, x):
-    target, left = delta(of) @ x.T.double(), (delta(of) - dense(planes, row_scale)) @ x.T.double()
-    return float(left.norm() / target.norm())
+def fitted(of, x=None, planes=1, rank=0, tuned=None, **settings):
+    settings = {"method": "sequential"} | settings
+    metric = None if x is None else metric_of(x, tuned)
+    return fit(of, metric, Settings(**settings), planes=planes, rank=rank)
+
+
+def lost(of, found, x):
+    d = delta(of)
+    return float(((d - found.sign.delta(torch.float64)) @ x.T.double()).norm() / (d @ x.T.double()).norm())
 
 
 def test_signs_of_zeros_cancel():
@@ -59,145 +62,141 @@ def test_signs_do_not_depend_on_the_blocks():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("columns", [False, True])
-def test_row_scales_are_the_closed_form(shape, columns, monkeypatch):
-    monkeypatch.setattr(fit_module, "BLOCK_ELEMENTS", 70)  # several blocks of rows
-    monkeypatch.setattr(fit_module, "BLOCK_TOKENS", 16)
-    of = matrix(*shape)
-    x = inputs(shape[1])
-    fit = ScaleFit(Planes(of, 1, columns=columns))
-    fit.update(x[:20].unsqueeze(0))
-    fit.update(x[20:])
-    scales = fit.solve()
-    d, q = delta(of), dense(fit.planes, torch.ones(1, shape[0]))
-    h = x.T.double() @ x.double()
-    h += 0.01 * h.diagonal().mean() * torch.eye(shape[1])
+def test_own_signs_have_the_closed_form(shape, monkeypatch):
+    monkeypatch.setattr(fit_module, "FIT_ELEMENTS", 70)  # several blocks of rows
+    of, x = matrix(*shape), inputs(shape[1])
+    found = fitted(of, x, method="closed_form", columns=False)
+    d, q = delta(of), delta(of).sign()
+    h = metric_of(x).h.double()
     expected = ((d @ h) * q).sum(-1) / ((q @ h) * q).sum(-1)
-    torch.testing.assert_close(scales.row_scale[0].double(), expected, rtol=1e-4, atol=1e-7)
-    error = max(0.0, scales.lost / scales.energy) ** 0.5
-    assert error == pytest.approx(output_error(of, fit.planes, scales.row_scale, x), rel=1e-3, abs=1e-3)
+    torch.testing.assert_close(found.sign.row_scale[0].double(), expected.abs(), rtol=1e-3, atol=1e-6)
+    assert torch.equal(found.sign.delta().sign().double(), q * expected.sign().unsqueeze(-1))
 
 
-def test_planes_are_fitted_together():
-    of, x = matrix(6, 40), inputs(40, 200)
-    fit = ScaleFit(Planes(of, 3, columns=True))
-    fit.update(x)
-    scales = fit.solve()
-    best = output_error(of, fit.planes, scales.row_scale, x)
-    for factor in (0.97, 1.03):
-        for plane in range(3):
-            moved = scales.row_scale.clone()
-            moved[plane] *= factor
-            assert output_error(of, fit.planes, moved, x) > best
+@pytest.mark.parametrize("settings", [{}, {"planes": 2}, {"rank": 2}, {"columns": True}, {"planes": 2, "rank": 1}])
+def test_blocks_of_rows_do_not_matter(settings, monkeypatch):
+    of, x = matrix(40, 130), inputs(130)
+    whole = fitted(of, x, **settings).sign
+    monkeypatch.setattr(fit_module, "FIT_ELEMENTS", 9 * 130)
+    for name, tensor in fitted(of, x, **settings).sign.tensors().items():
+        torch.testing.assert_close(tensor, whole.tensors()[name], rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("one_scale", [False, True])
-def test_each_plane_and_each_rank_lowers_the_error(one_scale):
-    of, x = matrix(24, 96), inputs(96, 300)
-    errors = []
-    for count in (1, 2, 3, 4):
-        fit = ScaleFit(Planes(of, count, columns=not one_scale, one_scale=one_scale))
-        if not one_scale:
-            fit.update(x)
-        scales = fit.solve()
-        errors.append((scales.lost / scales.energy) ** 0.5)
+def test_more_work_loses_less():
+    of, x = matrix(40, 130), inputs(130)
+    efforts = [
+        {"method": "mean_abs"},
+        {"method": "closed_form"},
+        {"passes": 1, "sweeps": 0},
+        {"passes": 2, "sweeps": 2},
+        {"rank": 4},
+        {"planes": 2},
+        {"planes": 3},
+        {"planes": 4},
+    ]
+    errors = [lost(of, fitted(of, x, **effort), x) for effort in efforts]
     assert errors == sorted(errors, reverse=True)
-    assert errors[3] < 0.5 * errors[0]
+    assert errors[3] < 0.8 * errors[1]
+    assert errors[5] < 0.7 * errors[3]
 
 
-def test_low_rank_is_the_best_correction_of_the_output(monkeypatch):
-    monkeypatch.setattr(lowrank_module, "FOLD_TOKENS", 32)
-    of, x = matrix(24, 40), inputs(40, 300)
-    fit = ScaleFit(Planes(of, 1))
-    fit.update(x)
-    scales = fit.solve()
-    left_over = delta(of) - dense(fit.planes, scales.row_scale)
-    lost = x.double() @ left_over.T
-    singular = torch.linalg.svdvals(lost)
-    before = float(lost.square().sum())
+@pytest.mark.parametrize("method", ["mean_abs", "closed_form", "sequential"])
+@pytest.mark.parametrize("planes", [1, 3])
+def test_each_rank_loses_less(method, planes):
+    of, x = matrix(40, 130), inputs(130)
+    errors = [lost(of, fitted(of, x, planes=planes, rank=rank, method=method), x) for rank in (0, 4, 16)]
+    assert errors == sorted(errors, reverse=True)
+    found = fitted(of, x, planes=planes, rank=90, method=method).sign
+    assert (found.rank, found.left.dtype) == (40, torch.bfloat16)
+
+
+def test_the_low_rank_part_is_the_best_correction_of_the_output():
+    of, x = matrix(24, 40), inputs(40)
+    plain = fitted(of, x, method="closed_form", columns=False)
+    left_over = delta(of) - plain.sign.delta(torch.float64)
+    h = metric_of(x).h.double()
+    factor = torch.linalg.cholesky(h)
+    before, singular = (left_over @ factor).square().sum(), torch.linalg.svdvals(left_over @ factor)
     for rank in (1, 3, 8):
-        low_rank = LowRankFit(fit.planes, scales.row_scale, rank)
-        low_rank.update(x)
-        left, right, regained = low_rank.solve()
-        assert (left.shape, right.shape, left.dtype) == ((24, rank), (rank, 40), torch.bfloat16)
-        after = float((x.double() @ (left_over - left.double() @ right.double()).T).square().sum())
-        best = float(singular[rank:].square().sum())
-        assert after <= best * 1.05 + 1e-3 * before
-        assert regained == pytest.approx(before - best, rel=0.05)
+        found = fitted(of, x, method="closed_form", columns=False, rank=rank).sign
+        after = (((delta(of) - found.delta(torch.float64)) @ factor).square().sum()).item()
+        assert after <= float(singular[rank:].square().sum()) * 1.05 + 1e-3 * float(before)
 
 
-def test_low_rank_is_cut_to_the_matrix():
-    of = matrix(3, 40)
-    fit = ScaleFit(Planes(of, 1))
-    low_rank = LowRankFit(fit.planes, fit.solve().row_scale, 9)
-    low_rank.update_weights()
-    left, right, _ = low_rank.solve()
-    assert (left.shape, right.shape) == ((3, 3), (3, 40))
-    assert torch.allclose(
-        dense(fit.planes, fit.solve().row_scale) + left.double() @ right.double(), delta(of), atol=2e-2
-    )
+def test_the_error_is_that_of_the_output():
+    of, x = matrix(16, 64), inputs(64, tokens=2000)
+    found = fitted(of, x)
+    assert found.error == pytest.approx(lost(of, found, x), rel=0.1)
+    d = delta(of)
+    apart = (d - found.sign.delta(torch.float64)).norm() / of.tuned.double().norm()
+    assert found.weight_error == pytest.approx(float(apart), rel=1e-3)
+    assert found.energy == pytest.approx(float((d @ x.T.double()).square().sum() / 2000), rel=0.05)
+
+
+def test_drifted_inputs_are_made_up_for():
+    of, x = matrix(16, 64), inputs(64)
+    tuned = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5)) @ inputs(64, 64)
+    wanted = tuned.double() @ of.tuned.double().T
+    errors = []
+    for reference in (None, tuned):
+        sign = fitted(of, x, tuned=reference).sign
+        errors.append(float((x.double() @ (of.base.double() + sign.delta(torch.float64)).T - wanted).norm()))
+    assert errors[1] < 0.98 * errors[0]
 
 
 def test_one_scale_is_the_mean_of_all_weights():
     of = matrix(5, 33)
-    fit = ScaleFit(Planes(of, 1, one_scale=True))
-    fit.update(inputs(33))
-    assert torch.allclose(fit.solve().row_scale.double(), delta(of).abs().mean().expand(1, 5))
+    found = fitted(of, inputs(33), method="mean_abs").sign
+    assert torch.allclose(found.row_scale.double(), delta(of).abs().mean().expand(1, 5))
+    assert found.col_scale is None
 
 
-def test_without_inputs_rows_take_their_mean():
+@pytest.mark.parametrize("x", [None, torch.zeros(4, 33)])
+def test_without_inputs_rows_take_their_mean(x):
     of = matrix(5, 33)
-    expected = delta(of).abs().mean(-1)
-    for feed in (lambda fit: None, ScaleFit.update_embedding, lambda fit: fit.update(torch.zeros(4, 33))):
-        fit = ScaleFit(Planes(of, 1))
-        feed(fit)
-        torch.testing.assert_close(fit.solve().row_scale[0].double(), expected, rtol=1e-5, atol=0)
+    found = fitted(of, x).sign
+    torch.testing.assert_close(found.row_scale[0].double(), delta(of).abs().mean(-1), rtol=1e-5, atol=0)
+    assert torch.equal(found.delta().sign(), delta(of).sign().float())
 
 
-def test_a_tied_table_weighs_both_uses():
-    of, x = matrix(5, 33), inputs(33)
-    multiplied, looked_up, both = (ScaleFit(Planes(of, 1)) for _ in range(3))
-    multiplied.update(x)
-    looked_up.update_embedding()
-    both.update(x)
-    both.update_embedding()
-    ends = torch.stack([multiplied.solve().row_scale, looked_up.solve().row_scale])
-    middle = both.solve().row_scale
-    assert not torch.equal(ends[0], ends[1])
-    slack = 0.02 * ends[1]  # the damping of the one that is only multiplied
-    assert ((middle >= ends.min(0).values - slack) & (middle <= ends.max(0).values + slack)).all()
+def test_column_scales_are_column_means():
+    of = matrix(50, 33)
+    weight = torch.rand(50)
+    means = (delta(of).abs() * weight.double().unsqueeze(-1)).sum(0)
+    torch.testing.assert_close(column_means(of, 1, weight)[0].double(), means / means.mean(), rtol=1e-5, atol=0)
+    assert column_means(of, 3).shape == (3, 33)
+    assert torch.allclose(column_means(of, 3).mean(-1), torch.ones(3))
 
 
 @pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("one_scale", [False, True])
-def test_zero_rows_and_dead_inputs(planes, one_scale):
+@pytest.mark.parametrize("method", ["mean_abs", "closed_form", "sequential"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_zero_rows_and_dead_inputs(planes, method, rank):
     of = matrix(6, 40)
     of.tuned[2] = of.base[2]
-    x = inputs(40)
+    x = inputs(40, tokens=3)
     x[:, 7:20] = 0
-    fit = ScaleFit(Planes(of, planes, columns=not one_scale, one_scale=one_scale))
-    fit.update(x)
-    scale = fit.solve().row_scale
-    assert scale.isfinite().all()
-    assert (scale[:, 2] == 0).all()
-    assert (scale[0, [0, 1, 3, 4, 5]] != 0).all()
+    sign = fitted(of, x, planes=planes, method=method, rank=rank).sign
+    for tensor in sign.tensors().values():
+        assert tensor.isfinite().all()
+    if not rank:
+        assert (sign.row_scale[:, 2] == 0).all()
+    assert (sign.row_scale[0, [0, 1, 3, 4, 5]] != 0).all()
 
 
 def test_an_all_zero_delta():
     base = torch.randn(4, 40)
-    fit = ScaleFit(Planes(DeltaMatrix(base, base.clone()), 2, columns=True))
-    fit.update(inputs(40))
-    scales = fit.solve()
-    assert (scales.row_scale == 0).all()
-    assert scales.lost == scales.energy == 0
+    found = fitted(DeltaMatrix(base, base.clone()), inputs(40), planes=2, rank=1)
+    assert (found.sign.delta() == 0).all()
+    assert found.error == found.weight_error == found.energy == 0
 
 
 def test_transposed_storage_is_the_same_fit():
     of, x = matrix(5, 33), inputs(33)
-    fits = [ScaleFit(Planes(m, 2, columns=True)) for m in (of, DeltaMatrix(of.base.T, of.tuned.T, transposed=True))]
-    for fit in fits:
-        fit.update(x)
-    assert torch.allclose(fits[0].solve().row_scale, fits[1].solve().row_scale)
+    turned = DeltaMatrix(of.base.T, of.tuned.T, transposed=True)
+    one, other = fitted(of, x, planes=2).sign, fitted(turned, x, planes=2).sign
+    assert other.transposed
+    assert torch.equal(one.delta(), other.delta().T)
 
 
 def test_mixed_dtypes():

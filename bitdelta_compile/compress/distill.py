@@ -1,0 +1,308 @@
+"""Scale distillation, BitDelta's own method (arXiv 2402.10193, section 3.1), from any start.
+
+Signs, low-rank parts and whatever is stored outright stay as they are; the scales of the sign planes are trained by
+Adam until base + delta gives what the tuned model gives: the mean squared error of its logits, or of the hidden states
+of a model without a head. The base is frozen, and gradients run through the delta path only.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import released
+from ..checkpoint import match_names, open_checkpoint
+from ..delta import Delta
+from ..encodings import Sign
+from ..errors import BaseMismatchError, BitDeltaError, CalibrationError, UnsupportedError
+from ..fidelity import load_model, padded
+from ..progress import Progress
+from .calibrate import Batch, device_of, evaluation, given_batches, random_tokens, sequence_length
+from .deltapath import DeltaPath, Per, TrainedSign
+from .sample import can_write, first_tokens, sample
+from .workload import tokenizer_of
+
+log = logging.getLogger(__name__)
+
+LEARNING_RATE = 1e-4  # as published
+_EPSILON = 1e-8
+_DIVERGED = 10.0  # times the start's loss
+_OWN_TOKENS = 8192  # sampled or random ones
+
+
+def distill(
+    base: nn.Module | str | Path,
+    tuned: nn.Module | str | Path,
+    delta: Delta | None = None,
+    calibration: Iterable[str] | Iterable[Mapping[str, Any]] | None = None,
+    *,
+    steps: int = 200,
+    batch: int = 4,
+    length: int = 128,
+    learning_rate: float = LEARNING_RATE,
+    relative: bool = False,
+    per: Per = "matrix",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Delta:
+    """Train the scales of a delta so that base + delta gives what `tuned` gives. The defaults are the paper's.
+
+    Every step runs both models on one batch, and base + delta backwards; a batch that comes again finds the tuned
+    model's outputs in a temporary file, 4 bytes for each number (for 800 samples of 128 tokens and a vocabulary of
+    50,000 that would be 20 GB: only what comes again is kept). Memory: both models in fp32, one byte for each sign.
+
+    Args:
+        base, tuned: loaded modules, checkpoint folders, or hub ids.
+        delta: where to start; None starts as the paper does, from mean |d| per matrix.
+        calibration: texts, mappings of forward arguments, or None: as in `compress`. Texts are cut into batches of
+            `batch` rows of `length` tokens; language models read them end to end.
+        steps, batch, length: of training. Calibration that gives fewer batches is gone through again.
+        learning_rate: of Adam; `relative` makes it a share of each matrix's mean scale.
+        per: train one factor for each plane of a `matrix`, or one for each `row` of it.
+        seed: of the order of texts, and of sampled or random tokens.
+        progress: called with (stage, done, total).
+
+    Returns:
+        A new delta; the one given is not touched. `report["distillation"]` has the loss at either end, means over a
+        tenth of the steps.
+
+    Raises:
+        BitDeltaError: training diverged.
+        BaseMismatchError: the delta is not of this base, or holds parameters that the model does not have.
+        CalibrationError: calibration that is empty, that the model does not take, or on which it gives NaN.
+        UnsupportedError: an option out of range, a delta without sign planes, or a model whose output is neither
+            logits nor hidden states.
+    """
+    _check_options(steps, batch, length, learning_rate, per)
+    for module in (base, tuned):
+        if isinstance(module, nn.Module):
+            released.refuse(module.named_parameters())
+    if delta is None:
+        from . import compress
+
+        delta = compress(base, tuned, method="mean_abs", progress=progress)
+    teacher = tuned if isinstance(tuned, nn.Module) else load_model(tuned)[0]
+    samples = make_samples(
+        teacher, tuned, calibration, steps=steps, batch=batch, length=length, seed=seed, progress=progress
+    )
+    student = copy.deepcopy(teacher).float().eval().requires_grad_(False)
+    planes = _set_up(student, base, delta, per)
+    if not planes:
+        raise UnsupportedError("the delta has no sign plane, so there are no scales to train: compress with planes=1")
+    losses = _train(teacher, student, planes, samples, steps, learning_rate, relative, progress)
+    end = max(1, steps // 10)
+    first, last = (sum(part) / len(part) for part in (losses[:end], losses[-end:]))
+    log.info("distillation: loss %.4g -> %.4g in %d steps", first, last, steps)
+    encodings = dict(delta.encodings)
+    for name, (_, trained) in planes.items():
+        scale = trained.row_scale.detach().cpu().contiguous()
+        encodings[name] = dataclasses.replace(trained.sign, row_scale=scale)
+    options = {"steps": steps, "batch": batch, "length": length, "rate": learning_rate, "per": per, "seed": seed}
+    return dataclasses.replace(
+        delta,
+        encodings=encodings,
+        options={**delta.options, "distilled": ", ".join(f"{name} {value}" for name, value in options.items())},
+        report={**delta.report, "distillation": {"loss_start": first, "loss_end": last}},
+    )
+
+
+def _check_options(steps: int, batch: int, length: int, learning_rate: float, per: str) -> None:
+    for name, value in (("steps", steps), ("batch", batch), ("length", length)):
+        if not isinstance(value, int) or value < 1:
+            raise UnsupportedError(f"{name} must be an integer of at least 1, got {value!r}")
+    if not 0 < learning_rate < 1:
+        raise UnsupportedError(f"learning_rate must be between 0 and 1, got {learning_rate!r}")
+    if per not in ("matrix", "row"):
+        raise UnsupportedError(f"per must be 'matrix' or 'row', got {per!r}")
+
+
+def _set_up(
+    student: nn.Module, base: nn.Module | str | Path, delta: Delta, per: Per
+) -> dict[str, tuple[Tensor, TrainedSign]]:
+    """Give the student the base's values where the delta has sign planes, else the tuned ones.
+
+    Returns:
+        By name, each parameter under sign planes, and those planes.
+    """
+    checkpoint = open_checkpoint(base)
+    delta.fingerprint.check(checkpoint)
+    of_base = match_names(delta.encodings, [*checkpoint.names(), *checkpoint.tied])
+    parameters = dict(student.named_parameters(remove_duplicate=False))
+    of_student = match_names([*delta.encodings, *delta.tied], parameters)
+    places: dict[str, str] = {}
+    for name, there in of_student.items():
+        places.setdefault(delta.tied.get(name, name), there)
+    found: dict[str, tuple[Tensor, TrainedSign]] = {}
+    for name, encoding in delta.encodings.items():
+        place = places.get(name)
+        if place is None:
+            if encoding.kind == "sign":
+                raise BaseMismatchError(
+                    f"{name} has sign planes, and the {type(student).__name__} that runs has no such parameter: "
+                    "give the tuned model as a loaded module that has all of it"
+                )
+            continue
+        value = checkpoint.tensor(of_base[name]) if name in of_base else torch.empty(0)
+        parameter = parameters[place]
+        if not isinstance(encoding, Sign):
+            value = encoding.apply(value)
+        else:
+            found[name] = (parameter, TrainedSign(encoding, per, parameter.device))
+        if value.shape != parameter.shape:
+            raise BaseMismatchError(
+                f"{name} has shape {list(value.shape)} in base + delta and {list(parameter.shape)} in the tuned model: "
+                "give the fine-tune that this delta stands for"
+            )
+        parameter.copy_(value)
+    return found
+
+
+def make_samples(
+    model: nn.Module,
+    source: nn.Module | str | Path,
+    calibration: Iterable[Any] | None,
+    *,
+    steps: int,
+    batch: int,
+    length: int,
+    seed: int,
+    progress: Progress | None,
+) -> list[Batch]:
+    """The batches of as many steps, or fewer where calibration gives no more.
+
+    Raises:
+        CalibrationError: calibration is empty, or texts come without a tokenizer.
+    """
+    device = device_of(model)
+    if calibration is None:
+        if not can_write(model):
+            return random_tokens(model, min(steps * batch * length, _OWN_TOKENS), seed, device)[:steps]
+        starts = first_tokens(model, tokenizer_of(_name(source)))
+        with evaluation(model):
+            longest = sequence_length(model, length)
+            tokens = min(steps * batch * length, _OWN_TOKENS)
+            drawn = sample(model, starts, tokens, longest=longest, seed=seed, progress=progress)
+        return [{"input_ids": part.to(device)} for ids in drawn for part in ids.split(batch)][:steps]
+    items = [calibration] if isinstance(calibration, str) else list(calibration)
+    if not items or not all(isinstance(item, str) for item in items):
+        return given_batches(items, device)[:steps]
+    tokenizer = tokenizer_of(_name(source))()
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    texts = [items[index] for index in order if items[index].strip()]
+    if can_write(model):
+        ids = [number for text in texts for number in tokenizer(text)["input_ids"]]
+        rows = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)] or [ids]
+    else:
+        rows = [
+            tokenizer(text, truncation=True, max_length=sequence_length(model, length))["input_ids"] for text in texts
+        ]
+    rows = [row for row in rows if row][: steps * batch]
+    if not rows:
+        raise CalibrationError("the calibration texts hold no token: give non-empty texts, or None for no data")
+    found = [padded(rows[at : at + batch]) for at in range(0, len(rows), batch)]
+    return [{name: value.to(device) for name, value in each.items()} for each in found]
+
+
+def _name(source: nn.Module | str | Path) -> str:
+    return str(
+        getattr(getattr(source, "config", None), "name_or_path", "") if isinstance(source, nn.Module) else source
+    )
+
+
+def _outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits or hidden states, fp32 [tokens, *], of the tokens that are not padding."""
+    try:
+        found = model(**batch)
+    except BitDeltaError:
+        raise
+    except Exception as error:  # whatever the model's own code raises for inputs it cannot take
+        raise CalibrationError(
+            f"{type(model).__name__} does not run on the calibration batch ({', '.join(batch)}): {error}; "
+            "give batches of its own forward arguments"
+        ) from error
+    for name in ("logits", "last_hidden_state"):
+        found = getattr(found, name, found)
+    if not isinstance(found, Tensor) or found.dim() < 2:
+        raise UnsupportedError(
+            f"{type(model).__name__} gives neither logits nor hidden states: nothing to distill from"
+        )
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == found.shape[:-1]:
+        return found[mask.bool()].float()
+    return found.flatten(0, -2).float()
+
+
+class _Teacher:
+    """The tuned model's outputs by batch, each computed once; those that will be asked for again lie in files."""
+
+    def __init__(self, model: nn.Module, samples: Sequence[Batch], steps: int, folder: Path) -> None:
+        self._model, self._samples, self._steps, self._folder = model, samples, steps, folder
+        self._kept: dict[int, Tensor] = {}
+
+    def __call__(self, step: int) -> Tensor:
+        index = step % len(self._samples)
+        if index in self._kept:
+            return self._kept[index].to(device_of(self._model))
+        with evaluation(self._model):
+            found = _outputs(self._model, self._samples[index])
+        if not bool(torch.isfinite(found).all()):
+            raise CalibrationError(
+                f"the tuned model gives NaN or infinite values on calibration batch {index}: "
+                "run it in fp32 or bf16, or give other calibration data"
+            )
+        if step + len(self._samples) < self._steps:
+            file = str(self._folder / str(index))
+            self._kept[index] = torch.from_file(file, True, found.numel(), dtype=torch.float32).view_as(found)
+            self._kept[index].copy_(found)
+        return found
+
+
+def _train(
+    teacher: nn.Module,
+    student: nn.Module,
+    planes: Mapping[str, tuple[Tensor, TrainedSign]],
+    samples: Sequence[Batch],
+    steps: int,
+    learning_rate: float,
+    relative: bool,
+    progress: Progress | None,
+) -> list[float]:
+    """Train the factors of the planes; the loss of every step."""
+    # Adam on a scale that starts at s is Adam on its factor with the rate over s and epsilon times s.
+    groups = [
+        {
+            "params": [trained.factor],
+            "lr": learning_rate / (1 if relative else trained.size),
+            "eps": _EPSILON * trained.size,
+        }
+        for _, trained in planes.values()
+        if trained.size
+    ]
+    optimizer = torch.optim.Adam(groups)
+    losses: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        expected = _Teacher(teacher, samples, steps, Path(folder))
+        for step in range(steps):
+            wanted = expected(step)
+            with DeltaPath(planes.values()):
+                loss = (_outputs(student, samples[step % len(samples)]) - wanted).square_().mean()
+                loss.backward()
+            losses.append(float(loss.detach()))
+            if not losses[-1] <= _DIVERGED * losses[0]:
+                raise BitDeltaError(
+                    f"distillation diverged: the loss is {losses[-1]:.3g} at step {step} and was {losses[0]:.3g} at "
+                    f"the first; use a learning rate below {learning_rate:g}"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            if progress is not None:
+                progress("distill", step + 1, steps)
+    return losses

@@ -1,0 +1,102 @@
+"""What an error in a weight costs: H = X^T X over the inputs X that a matrix multiplies, and what follows from H.
+
+The source of the damping, of the order of columns and of the inverse's Cholesky factor is GPTQ (arXiv 2210.17323).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+BLOCK_TOKENS = 2048
+# H + DAMPING * mean(diag H) * I: directions that calibration never showed still count a little.
+DAMPING = 0.01
+
+
+class Moments:
+    """Sums over the inputs of one matrix; fp32 [K, K] each, however many tokens.
+
+    Attributes:
+        tokens: inputs so far.
+        gram: sum of x^T x.
+        drift: sum of (x' - x)^T x, with x' the input in the tuned model where x is that in the compressed one; None as
+            long as no x' was given.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.gram = torch.zeros(features, features, device=device)
+        self.drift: Tensor | None = None
+
+    def add(self, x: Tensor, tuned: Tensor | None = None) -> None:
+        """Add inputs x [t, K], and those of the tuned model in the same places."""
+        self.tokens += x.shape[0]
+        if tuned is not None and self.drift is None:
+            self.drift = torch.zeros_like(self.gram)
+        for first in range(0, x.shape[0], BLOCK_TOKENS):
+            part = x[first : first + BLOCK_TOKENS].float()
+            self.gram.addmm_(part.T, part)
+            if tuned is not None and self.drift is not None:
+                self.drift.addmm_((tuned[first : first + BLOCK_TOKENS].float() - part).T, part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """The squared error of a layer's output, as a quadratic form in the error r of a row of weights: r H r.
+
+    Attributes:
+        h: fp32 [K, K], damped, per token.
+        order: int64 [K], features by falling diag(H): the order in which error feedback settles columns.
+        upper: fp32 [K, K], upper triangular with upper^T upper = inverse(H), both in that order; None where nothing
+            needs it.
+        shift: fp32 [K, K] or None. A weight w that should give in the compressed model what it gives in the tuned one
+            is to be w + w @ shift.
+    """
+
+    h: Tensor
+    order: Tensor
+    upper: Tensor | None = None
+    shift: Tensor | None = None
+
+    @property
+    def ordered(self) -> Tensor:
+        """H in that order."""
+        return self.h[self.order[:, None], self.order[None, :]]
+
+
+def measure(moments: Moments, *, factor: bool, extra: float = 0.0) -> Metric | None:
+    """The metric of these inputs, which it uses up; None where there were none, or only zeros.
+
+    Args:
+        factor: find `upper`, and `shift` where the moments have the drift for it.
+        extra: added to H's diagonal: what the weights as such count, beside what they are multiplied with. For tables
+            that are also looked up.
+    """
+    h = moments.gram.div_(max(1, moments.tokens))
+    mean = float(h.diagonal().mean()) if h.numel() else 0.0
+    if not mean > 0:
+        return None
+    order = h.diagonal().argsort(descending=True, stable=True)
+    damping = DAMPING * mean + extra
+    h.diagonal().add_(damping)
+    if not factor:
+        return Metric(h, order)
+    lower, failed = torch.linalg.cholesky_ex(h)
+    while int(failed) or not bool(torch.isfinite(lower).all()):  # rounding of sums over very uneven inputs
+        h.diagonal().add_(9 * damping)
+        damping *= 10
+        lower, failed = torch.linalg.cholesky_ex(h)
+    shift = None
+    if moments.drift is not None:
+        shift = torch.cholesky_solve(moments.drift.T, lower).T.div_(moments.tokens)
+        moments.drift = None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    inverse = inverse[order[:, None], order[None, :]]
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    while int(failed):
+        inverse.diagonal().mul_(1.01)
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return Metric(h, order, upper, shift)

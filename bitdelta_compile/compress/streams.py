@@ -1,0 +1,172 @@
+"""Many runs of one model side by side, each stopping before it uses a matrix that is not fitted yet.
+
+A stream is one run on one batch, in a thread of its own; threads never run at the same time, so they are coroutines
+that need nothing of the model's code. The order in which streams stop is the model's own order of execution, whatever
+its architecture, and what a stopped stream holds is what the model holds at that point: no layer is run twice.
+
+Nothing of the model is changed: a function mode puts other values in the place of its parameters, in fp32, while an
+operation runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .uses import Use, UseRecorder
+
+_NARROW = (torch.bfloat16, torch.float16)
+# Questions about a tensor and views of it: answered without a converted copy.
+_VIEWS = frozenset(
+    (
+        *(
+            "size",
+            "dim",
+            "ndimension",
+            "numel",
+            "stride",
+            "is_contiguous",
+            "is_floating_point",
+            "data_ptr",
+            "detach",
+            "t",
+        ),
+        *("storage_offset", "transpose", "permute", "view", "reshape", "expand", "unsqueeze", "squeeze", "select"),
+        *("narrow", "chunk", "split"),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The model on one batch.
+
+    Attributes:
+        call: runs it; it must do the same at every call.
+        mask: bool [B, S] or None: which tokens of inputs [B, S, *] count.
+    """
+
+    call: Callable[[], object]
+    mask: Tensor | None = None
+
+
+class Values(Protocol):
+    """What a stream computes with in the place of parameters."""
+
+    def matrix(self, name: str) -> Tensor | None:
+        """fp32, as stored; None: the parameter itself."""
+
+    def rows(self, name: str, ids: Tensor) -> Tensor | None:
+        """Looked-up rows, fp32 [*ids, K]; None: the parameter's."""
+
+
+class Ended(BaseException):
+    """Unwinds a run of which nothing more is wanted."""
+
+
+class Substitution(UseRecorder):
+    """Reports uses, and computes with `values` in the place of parameters."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], on_use: Callable[[Use], None], values: Values) -> None:
+        super().__init__(parameters, on_use)
+        self._values = values
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], uses: Sequence[Use]) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            found = func(*args, **kwargs)
+            return torch.float32 if isinstance(found, torch.dtype) and found in _NARROW else found
+        if name in _VIEWS:
+            return func(*args, **kwargs)
+        for use in uses:
+            if use.kind == "embedding" and use.operand is not None:
+                found = self._values.rows(use.name, use.operand)
+                return _wide(func(*args, **kwargs)) if found is None else found
+        replaced = {use.name: self._values.matrix(use.name) for use in uses}
+
+        def value(leaf: Tensor) -> Tensor:
+            owner = self._owner(leaf)
+            if owner is None:
+                return leaf
+            other = replaced.get(owner[0])
+            if other is None:
+                return _wide(leaf)
+            return other if self._whole(leaf, owner[0]) == "as stored" else other.T
+
+        return func(*tree_map_only(Tensor, value, args), **tree_map_only(Tensor, value, kwargs))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _NARROW else tensor
+
+
+class Stream:
+    """One run of the model in its own thread.
+
+    Attributes:
+        run: on one batch.
+        use: what it stands before; None before the first `advance`, and once it has ended.
+    """
+
+    def __init__(
+        self, run: Run, parameters: Mapping[str, Tensor], values: Values, stops: Callable[[Use], bool]
+    ) -> None:
+        self.run = run
+        self.use: Use | None = None
+        self._stops, self._ending = stops, False
+        self._mode = Substitution(parameters, self._before, values)
+        self._failure: BaseException | None = None
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._body, daemon=True)
+        self._started = False
+
+    def advance(self) -> None:
+        """Run until the next use that `stops` holds up, or to the end.
+
+        Raises:
+            Whatever the model raises.
+        """
+        self.use = None
+        if not self._started:
+            self._started = True
+            self._thread.start()
+        self._go.release()
+        self._back.acquire()
+        if self._failure is not None:
+            raise self._failure
+
+    def end(self) -> None:
+        """Unwind the thread; what it holds is let go."""
+        self.use = None
+        if self._started and self._thread.is_alive():
+            self._ending = True
+            self._go.release()
+            self._thread.join()
+
+    def _body(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._ending:
+                with torch.no_grad(), self._mode:
+                    self.run.call()
+        except Ended:
+            pass
+        except BaseException as error:
+            self._failure = error
+        self.use = None
+        self._back.release()
+
+    def _before(self, use: Use) -> None:
+        if not self._stops(use):
+            return
+        self.use = use
+        self._back.release()
+        self._go.acquire()
+        if self._ending:
+            raise Ended

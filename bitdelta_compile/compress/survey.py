@@ -1,0 +1,66 @@
+"""One look at a run of the model: which matrices it uses, how, and how often."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .streams import Run, Substitution, Values
+from .uses import Use
+
+
+@dataclasses.dataclass
+class Usage:
+    """How one run uses one matrix.
+
+    Attributes:
+        multiplied, looked_up: how often.
+        transposed: it is stored [K, N].
+        refused: why sign planes cannot stand for it; None where they can.
+    """
+
+    multiplied: int = 0
+    looked_up: int = 0
+    transposed: bool | None = None
+    refused: str | None = None
+
+    def add(self, use: Use) -> None:
+        if use.kind == "other":
+            self.refused = f"used by {use.op}"
+        elif self.transposed is not None and self.transposed != use.transposed:
+            self.refused = "multiplied both as stored and transposed"
+        else:
+            self.transposed = use.transposed
+            self.multiplied += use.kind == "linear"
+            self.looked_up += use.kind == "embedding"
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """How a model uses its matrices.
+
+    Attributes:
+        usage: by name; matrices that the run did not reach are missing.
+        last: the matrix used last, None where there was none.
+    """
+
+    usage: Mapping[str, Usage]
+    last: str | None
+
+
+def survey(run: Run, handles: Mapping[str, Tensor], names: set[str], values: Values) -> Survey:
+    """Run the model once and watch its uses of `names`."""
+    usage: dict[str, Usage] = {}
+    order: list[str] = []
+
+    def on_use(use: Use) -> None:
+        if use.name in names:
+            usage.setdefault(use.name, Usage()).add(use)
+            order.append(use.name)
+
+    with torch.no_grad(), Substitution(handles, on_use, values):
+        run.call()
+    return Survey(usage, order[-1] if order else None)

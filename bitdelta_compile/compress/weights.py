@@ -1,0 +1,78 @@
+"""What the two models compute with: tuned parameters, and base + delta for every matrix that is fitted already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..encodings import Dense, Encoding, Rows, Same, Sign
+
+
+class TunedValues:
+    """The tuned model's own parameters, in fp32."""
+
+    def __init__(self, tuned: Mapping[str, Tensor]) -> None:
+        self._tuned = tuned
+        self._wide: dict[str, Tensor] = {}
+
+    def matrix(self, name: str) -> Tensor | None:
+        stored = self._tuned.get(name)
+        if stored is None or stored.is_meta or stored.dtype == torch.float32:
+            return None
+        if name not in self._wide:
+            self._wide[name] = stored.detach().float()
+        return self._wide[name]
+
+    def rows(self, name: str, ids: Tensor) -> Tensor | None:
+        return None
+
+    def forget(self) -> None:
+        """Let go of converted copies: the streams have moved on."""
+        self._wide.clear()
+
+
+class FittedValues:
+    """Base + delta where a matrix is fitted, the tuned parameter elsewhere.
+
+    Attributes:
+        encodings: what is fitted, by name; to be filled by the caller.
+    """
+
+    def __init__(self, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
+        self._base, self._tuned = base, tuned
+        self._others = TunedValues(tuned)
+        self._dense: dict[str, Tensor] = {}
+        self.encodings: dict[str, Encoding] = {}
+
+    def matrix(self, name: str) -> Tensor | None:
+        encoding = self.encodings.get(name)
+        if encoding is None or isinstance(encoding, Dense):
+            return self._others.matrix(name)
+        if name not in self._dense:
+            tuned = self._tuned[name]
+            self._dense[name] = encoding.apply(self._base[name].detach()).to(tuned.device, torch.float32)
+        return self._dense[name]
+
+    def rows(self, name: str, ids: Tensor) -> Tensor | None:
+        encoding = self.encodings.get(name)
+        if encoding is None or isinstance(encoding, Dense):
+            return None
+        unique, place = ids.unique(return_inverse=True)
+        found = self._tuned[name].detach()[unique].float()
+        sign = encoding.over if isinstance(encoding, Rows) else encoding
+        if isinstance(sign, Sign | Same):
+            listed = encoding.index if isinstance(encoding, Rows) else unique.new_zeros(0)
+            covered = torch.isin(unique, listed.to(unique.device), invert=True)
+            known = unique[covered]
+            under = self._base[name].detach()[known.to(self._base[name].device)].float().to(found.device)
+            if isinstance(sign, Sign):
+                under = under + sign.rows(known.cpu()).to(found.device)
+            found[covered] = under
+        return found[place]
+
+    def forget(self) -> None:
+        """Let go of dense copies: the streams have moved on."""
+        self._dense.clear()
+        self._others.forget()

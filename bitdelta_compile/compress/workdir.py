@@ -1,0 +1,90 @@
+"""A folder that keeps every fitted matrix, so that an interrupted compression goes on where it was.
+
+One file per matrix, written to a temporary name and renamed: whatever is there is whole. Nothing in it tells the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..encodings import Sign
+from ..errors import UnsupportedError
+from ..fileformat import FormatError, map_tensors, read_header, write_tensors
+from .fit import Fitted
+
+_TASK = "task.json"
+
+
+class WorkDir:
+    """Args:
+        folder: new, empty, or of an interrupted run of the same task.
+        task: what is compressed and how, as JSON values.
+
+    Raises:
+        UnsupportedError: the folder holds the work of another task.
+    """
+
+    def __init__(self, folder: Path, task: Mapping[str, object]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted = json.dumps(task, sort_keys=True, indent=1)
+        path = folder / _TASK
+        if not path.exists():
+            if any(folder.glob("*.safetensors")):
+                raise UnsupportedError(f"{folder} holds files of something else: give an empty folder")
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(wanted)
+            os.replace(temporary, path)
+        elif path.read_text() != wanted:
+            raise UnsupportedError(
+                f"{folder} holds the work of another compression ({_difference(path.read_text(), wanted)}): "
+                "give another folder, or delete it"
+            )
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+
+    def load(self, name: str) -> Fitted | None:
+        """A matrix fitted earlier, mapped; None where there is none."""
+        path = self._path(name)
+        if not path.exists():
+            return None
+        try:
+            header = read_header(path)
+            fields = map_tensors(path, header)
+            about = json.loads(header.metadata["fitted"])
+            dtype = getattr(torch, about["dtype"])
+            sign = Sign(tuple(about["shape"]), dtype, **fields, transposed=about["transposed"])
+            return Fitted(sign, *about["figures"])
+        except (FormatError, KeyError, TypeError, ValueError) as error:
+            raise UnsupportedError(f"{path} is damaged ({error}): delete it, and the matrix is fitted again") from None
+
+    def store(self, name: str, fitted: Fitted) -> Fitted:
+        """Keep a fitted matrix; what is returned is mapped from the file."""
+        sign = fitted.sign
+        about = {
+            "name": name,
+            "shape": sign.shape,
+            "dtype": str(sign.dtype).removeprefix("torch."),
+            "transposed": sign.transposed,
+            "figures": [fitted.error, fitted.weight_error, fitted.energy],
+        }
+        write_tensors(self._path(name), sign.tensors(), {"fitted": json.dumps(about)})
+        found = self.load(name)
+        assert found is not None
+        return found
+
+
+def _difference(found: str, wanted: str) -> str:
+    """The first setting that differs between two tasks."""
+    try:
+        ours, theirs = json.loads(found), json.loads(wanted)
+    except ValueError:
+        return "its task cannot be read"
+    return next((f"its {key} is another" for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)), "")

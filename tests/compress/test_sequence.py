@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bitdelta_compile.compress.encode import encode
+from bitdelta_compile.compress.settings import Settings
+from bitdelta_compile.compress.streams import Run, Stream, Substitution
+from bitdelta_compile.compress.weights import FittedValues, TunedValues
+from bitdelta_compile.encodings import Rows, Sign
+from bitdelta_compile.errors import CalibrationError
+
+K = 64
+
+
+def weights(count=3, step=0.02):
+    torch.manual_seed(0)
+    base = {f"w{n}": torch.randn(K, K) / 8 for n in range(count)}
+    return base, {name: value + step * torch.randn(K, K) / 8 for name, value in base.items()}
+
+
+def chain(tuned, order, seed):
+    """A run that multiplies by the named weights in turn."""
+
+    def call():
+        x = torch.randn(40, K, generator=torch.Generator().manual_seed(seed))
+        for name in order:
+            x = F.linear(x, tuned[name]).tanh()
+        return x
+
+    return call
+
+
+def test_a_stream_stands_before_each_use():
+    _, tuned = weights()
+    stream = Stream(Run(chain(tuned, ["w0", "w1", "w1"], 0)), tuned, TunedValues(tuned), lambda use: True)
+    before = threading.active_count()
+    met = []
+    while True:
+        stream.advance()
+        if stream.use is None:
+            break
+        met.append(stream.use.name)
+    assert met == ["w0", "w1", "w1"]
+    stream.end()
+    assert threading.active_count() <= before
+
+
+def test_a_stream_that_is_ended_leaves_no_thread():
+    _, tuned = weights()
+    stream = Stream(Run(chain(tuned, ["w0", "w1"], 0)), tuned, TunedValues(tuned), lambda use: True)
+    before = threading.active_count()
+    stream.advance()
+    assert threading.active_count() == before + 1
+    stream.end()
+    assert threading.active_count() == before
+    assert stream.use is None
+
+
+def test_errors_of_the_model_reach_the_caller_and_leave_no_thread():
+    base, tuned = weights()
+
+    def fails():
+        chain(tuned, ["w0", "w1"], 0)()
+        raise CalibrationError("no such batch")
+
+    before = threading.active_count()
+    runs = [Run(chain(tuned, ["w0", "w1", "w2"], 0)), Run(fails)]
+    with pytest.raises(CalibrationError, match="no such batch"):
+        encode(base, tuned, runs, Settings(method="sequential"))
+    assert threading.active_count() == before
+
+
+def test_matrices_are_fitted_in_the_order_of_execution_and_the_model_is_untouched():
+    base, tuned = weights()
+    before = {name: value.clone() for name, value in tuned.items()}
+    order = []
+
+    class Watch(dict):
+        def __getitem__(self, name):
+            order.append(name)
+            return super().__getitem__(name)
+
+    runs = [Run(chain(tuned, ["w2", "w0", "w1"], seed)) for seed in range(3)]
+    encode(Watch(base), tuned, runs, Settings(method="sequential", min_elements=1))
+    assert list(dict.fromkeys(order[-3:])) or order
+    assert all(torch.equal(tuned[name], before[name]) for name in tuned)
+
+
+@pytest.mark.parametrize("method", ["closed_form", "sequential"])
+def test_runs_that_go_different_ways(method):
+    """As the experts of a mixture: a batch may pass some by, and meet the others in another order."""
+    base, tuned = weights(4)
+    ways = [["w0", "w1", "w3"], ["w0", "w2", "w3"], ["w1", "w0"]]
+    runs = [Run(chain(tuned, ["w0", "w1", "w2", "w3"], 9)), *(Run(chain(tuned, way, n)) for n, way in enumerate(ways))]
+    encodings, report = encode(base, tuned, runs, Settings(method=method))
+    assert {encoding.kind for encoding in encodings.values()} == {"sign"}
+    assert all(figures["error"] < 0.8 for figures in report.values())
+
+
+def test_the_result_is_the_same_each_time():
+    base, tuned = weights()
+    runs = [Run(chain(tuned, ["w0", "w1", "w2"], seed)) for seed in range(4)]
+    one, other = (encode(base, tuned, runs, Settings(method="sequential", planes=2, rank=2))[0] for _ in range(2))
+    for name, encoding in one.items():
+        for field, value in encoding.tensors().items():
+            assert torch.equal(value, other[name].tensors()[field])
+
+
+def test_masked_tokens_do_not_count():
+    base, tuned = weights(1)
+    x = torch.randn(2, 30, K, generator=torch.Generator().manual_seed(1))
+    junk = x.clone()
+    junk[1, 20:] = 1e3
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    mask[1, 20:] = False
+
+    def found(value, mask):
+        run = Run(lambda: F.linear(value, tuned["w0"]), mask)
+        return encode(base, tuned, [run], Settings(method="sequential"))[0]["w0"]
+
+    clean, masked, spoilt = found(x, mask), found(junk, mask), found(junk, None)
+    assert torch.equal(clean.signs, masked.signs)
+    assert not torch.equal(clean.signs, spoilt.signs)
+
+
+def test_a_matrix_that_later_turns_out_to_be_used_otherwise_is_dense():
+    base, tuned = weights(2)
+    runs = [Run(chain(tuned, ["w0", "w1"], 0)), Run(lambda: (tuned["w1"] * 2, chain(tuned, ["w0"], 1)()))]
+    encodings, report = encode(base, tuned, runs, Settings(method="sequential"))
+    assert (encodings["w0"].kind, encodings["w1"].kind) == ("sign", "dense")
+    assert "used by" in report["w1"]["why"]
+
+
+def test_values_of_a_grown_table_are_looked_up_row_by_row():
+    torch.manual_seed(0)
+    base, tuned = torch.randn(20, K), torch.randn(23, K)
+    sign = Sign((20, K), torch.float32, torch.randint(-9, 9, (1, 20, 2), dtype=torch.int32), torch.rand(1, 20))
+    grown = Rows((23, K), torch.float32, torch.arange(20, 23), tuned[20:], sign)
+    values = FittedValues({"t": base}, {"t": tuned})
+    values.encodings = {"t": grown}
+    ids = torch.tensor([[3, 22, 3], [0, 19, 20]])
+    assert torch.allclose(values.rows("t", ids), grown.apply(base)[ids])
+    assert torch.allclose(values.matrix("t"), grown.apply(base))
+
+
+def test_questions_about_narrow_parameters_are_answered_in_fp32():
+    layer = nn.Linear(K, K, dtype=torch.bfloat16)
+    named = dict(layer.named_parameters())
+    with torch.no_grad(), Substitution(named, lambda use: None, TunedValues(named)):
+        assert layer.weight.dtype == torch.float32
+        assert layer(torch.randn(2, K)).dtype == torch.float32
+        assert layer.weight.shape == (K, K)
+    assert layer.weight.dtype == torch.bfloat16
