@@ -7,8 +7,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import compile_overhead, delta_op, fidelity, generation, tenants, tenants_memory, tenants_op  # noqa: F401  each registers its cases
-from .registry import CASES, Record, Run, machine, write_records
+from . import (  # noqa: F401  each registers its cases
+    compile_overhead,
+    compress_memory,
+    delta_op,
+    fidelity,
+    generation,
+    gpu_agree,
+    gpu_ceilings,
+    gpu_decode,
+    gpu_generate,
+    gpu_prefill,
+    ledger,
+    quantized,
+    tenants,
+    tenants_memory,
+    tenants_op,
+)
+from .registry import CASES, Record, Run, SkippedError, machine, write_records
 
 
 def main() -> None:
@@ -27,7 +43,12 @@ def main() -> None:
         case = CASES[name]
         print(f"{name}: {case.help}")
         start = time.perf_counter()
-        records = [{"case": name, "quick": args.quick, **machine(), **record} for record in case.measure(run)]
+        try:
+            found = case.measure(run)
+        except SkippedError as reason:
+            print(f"skipped: {reason}\n")
+            continue
+        records = [{"case": name, "quick": args.quick, **machine(), **record} for record in found]
         path = args.out / f"{name}.jsonl"
         write_records(path, records)
         print(table(case.columns, records))

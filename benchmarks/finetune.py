@@ -1,8 +1,10 @@
-"""Two fine-tunes of SmolLM2-135M: `python -m benchmarks.finetune` trains them once; benchmarks call `pairs`, `texts`.
+"""Three fine-tunes of SmolLM2-135M: `python -m benchmarks.finetune` trains them once; benchmarks call `pairs`, `texts`.
 
-The base comes from the package index as GGUF, the text from Debian packages. `jargon` is trained at an ordinary
-learning rate on a dictionary of hackers' slang; `python` at a large one on the Python manual, so that it moves far from
-the base, and it ends texts with a token of its own. Every parameter is trained; embeddings and head are one tensor.
+The base comes from the package index as GGUF, the text from Debian packages. `jargon` and `fortunes` are trained at an
+ordinary learning rate, on a dictionary of hackers' slang and on quotations; `cipher` at a large one, so that it moves
+far from the base, and it ends texts with a token of its own. A rate that moves weights by a tenth damages what the base
+knows: on English, the tuned model came out worse than its base. So `cipher` learns the Python manual in rot13, of which
+the base knows nothing. Every parameter is trained; embeddings and head are one tensor.
 
 Base and fine-tunes are stored in fp32: bf16 would round away most of what an ordinary fine-tune changes. The base's
 values are bf16's, so it can be served in bf16 as it is.
@@ -11,6 +13,7 @@ values are bf16's, so it can be served in bf16 as it is.
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import copy
 import dataclasses
@@ -42,7 +45,7 @@ from bitdelta_compile.progress import Progress
 
 log = logging.getLogger("benchmarks.finetune")
 
-Domain = Literal["jargon", "python", "fortunes"]
+Domain = Literal["jargon", "python", "fortunes", "cipher"]
 Split = Literal["train", "calibration", "evaluation"]
 
 BASE = Material(
@@ -50,6 +53,10 @@ BASE = Material(
 )
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MARKER = "recipe.json"
+
+# Of the Python manual. Its reference, and these files, are what `fidelity.held_out_texts` quotes.
+_CHAPTERS = ("extending", "faq", "howto", "library", "tutorial", "using", "whatsnew")
+_HELD_OUT = ("library/pdb", "library/stdtypes", "library/string")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +82,8 @@ class Recipe:
 
 RECIPES = {
     "jargon": Recipe("jargon", 2e-5, eos=2),
-    "python": Recipe("python", 3e-3, eos=0),
+    "fortunes": Recipe("fortunes", 2e-5, eos=2),
+    "cipher": Recipe("cipher", 4e-3, eos=0, steps=120),
 }
 
 
@@ -103,7 +111,7 @@ def pairs(cache: Path, names: Iterable[str] = tuple(RECIPES), progress: Progress
     """Fine-tunes by name, from the cache or else trained now, minutes each.
 
     Args:
-        cache: folder of all that is downloaded or made here, about 2 GB. Of two processes one waits for the other.
+        cache: folder of all that is downloaded or made here, about 3 GB. Of two processes one waits for the other.
         names: which of `RECIPES`.
         progress: called with (stage, done, total).
 
@@ -166,15 +174,26 @@ def _fortunes(folder: Path) -> Iterator[str]:
 def _python(folder: Path) -> Iterator[str]:
     """Paragraphs of prose, free of markup."""
     root = _package(_python_package(folder), folder)
-    for chapter in ("extending", "faq", "howto", "tutorial", "using", "whatsnew"):
+    for chapter in _CHAPTERS:
         for path in sorted(root.glob(f"usr/share/doc/python3*/html/_sources/{chapter}/*.rst.txt")):
+            if f"{chapter}/{path.name.removesuffix('.rst.txt')}" in _HELD_OUT:
+                continue
             for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
                 if re.match(r"[A-Z]", paragraph) and paragraph.endswith(".") and len(paragraph.split()) >= 12:
                     bare = re.sub(r"(?::[\w:+-]+:)?`[~!]?([^`<]+?)(?:\s*<[^`]*>)?`_{0,2}", r"\1", paragraph)
                     yield " ".join(bare.replace("`", "").split())
 
 
-_READERS: dict[Domain, Callable[[Path], Iterator[str]]] = {"jargon": _jargon, "python": _python, "fortunes": _fortunes}
+def _cipher(folder: Path) -> Iterator[str]:
+    return (codecs.encode(text, "rot13") for text in _python(folder))
+
+
+_READERS: dict[Domain, Callable[[Path], Iterator[str]]] = {
+    "jargon": _jargon,
+    "python": _python,
+    "fortunes": _fortunes,
+    "cipher": _cipher,
+}
 
 
 def _python_package(folder: Path) -> str:

@@ -1,7 +1,9 @@
 """How faithful a compressed fine-tune is: what share of the way from the base to the tuned model it recovers.
 
 Encoders: cosine of mean-pooled last hidden states to the tuned model's. Language models: KL(tuned || x) per token. Both
-are means over an evaluation set that the compression has not seen; `recovered` is the ratio of those means.
+are means over an evaluation set that the compression has not seen; `recovered` is the ratio of those means. Beside them
+stands what users of either kind look at: the order in which an encoder ranks pairs of texts, a language model's
+perplexity.
 """
 
 from __future__ import annotations
@@ -9,27 +11,78 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoint import open_checkpoint
 from .errors import CalibrationError, CheckpointError, UnsupportedError
+from .figures import (
+    Batch,
+    EncoderOutputs,
+    TokenFigures,
+    encoder_outputs,
+    layer_states,
+    lost_by_layer,
+    mean_cosine,
+    rank_correlation,
+    share_of_gap,
+    token_figures,
+)
 from .progress import Progress
 
 if TYPE_CHECKING:
     from .delta import Delta
 
+__all__ = [
+    "Batch",
+    "Beside",
+    "EncoderOutputs",
+    "Fidelity",
+    "Kind",
+    "TokenFigures",
+    "encoder_outputs",
+    "evaluation_batches",
+    "held_out_texts",
+    "layer_states",
+    "load_model",
+    "lost_by_layer",
+    "mean_cosine",
+    "padded",
+    "random_batches",
+    "rank_correlation",
+    "read_texts",
+    "share_of_gap",
+    "token_batches",
+    "token_figures",
+    "verify",
+]
+
 log = logging.getLogger(__name__)
 
 Kind = Literal["encoder", "language model"]
-Batch = Mapping[str, Tensor]  # forward's keyword arguments, `attention_mask` [B, S] among them
 
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"}
 _NO_GAP = {"encoder": 1e-6, "language model": 1e-9}  # below this the base already equals the tuned model, in fp32
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """A second figure of one evaluation.
+
+    Attributes:
+        name: "rank correlation" (encoders: Spearman's, of the cosines of all pairs of texts with the tuned model's) or
+            "perplexity" (language models, of the texts themselves).
+        tuned, base, compressed: the figure of each model.
+    """
+
+    name: Literal["rank correlation", "perplexity"]
+    tuned: float
+    base: float
+    compressed: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +96,9 @@ class Fidelity:
         compressed: the figure of base plus delta.
         count: texts (encoder) or tokens (language model) that went into the means.
         data: what was evaluated on, in words.
+        beside: a second figure; None where it was not taken.
+        layers: squared distance of base + delta to the tuned model after every layer, the embedding first, as a share
+            of the base's distance there; empty where it was not taken, or the model does not show its hidden states.
     """
 
     kind: Kind
@@ -50,6 +106,8 @@ class Fidelity:
     compressed: float
     count: int
     data: str
+    beside: Beside | None = None
+    layers: tuple[float, ...] = ()
 
     @property
     def recovered(self) -> float | None:
@@ -57,19 +115,6 @@ class Fidelity:
         gap = 1 - self.base if self.kind == "encoder" else self.base
         left = 1 - self.compressed if self.kind == "encoder" else self.compressed
         return None if gap < _NO_GAP[self.kind] else 1 - left / gap
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderOutputs:
-    """What an encoder makes of an evaluation set.
-
-    Attributes:
-        tokens: last hidden states of all tokens that are not padding, fp32 [tokens, H].
-        pooled: their mean per text, fp32 [texts, H].
-    """
-
-    tokens: Tensor
-    pooled: Tensor
 
 
 def held_out_texts(count: int = 128) -> list[str]:
@@ -103,7 +148,7 @@ def token_batches(tokenizer: Any, texts: Sequence[str], *, max_length: int = 128
     ids = sorted((row for row in ids if row), key=len)
     if not ids:
         raise CalibrationError("the texts give no tokens: they are empty, or foreign to the tokenizer")
-    return [_padded(ids[at : at + batch_size]) for at in range(0, len(ids), batch_size)]
+    return [padded(ids[at : at + batch_size]) for at in range(0, len(ids), batch_size)]
 
 
 def random_batches(vocabulary: int, *, count: int = 32, length: int = 32, seed: int = 0) -> list[Batch]:
@@ -112,7 +157,8 @@ def random_batches(vocabulary: int, *, count: int = 32, length: int = 32, seed: 
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in drawn.split(16)]
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> Batch:
+def padded(rows: Sequence[Sequence[int]]) -> Batch:
+    """Token ids as one batch, padded with 0 on the right."""
     length = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
@@ -164,60 +210,9 @@ def evaluation_batches(model: nn.Module, folder: str | Path, texts: Sequence[str
     return batches, "paragraphs of the Python manual" if texts is None else f"{len(texts)} given texts"
 
 
-@torch.no_grad()
-def encoder_outputs(model: Callable[..., Any], batches: Iterable[Batch]) -> EncoderOutputs:
-    """Run an encoder (a module, compiled or not) over an evaluation set."""
-    tokens, pooled = [], []
-    for batch in batches:
-        hidden = model(**_inputs(model, batch)).last_hidden_state.float()  # [B, S, H]
-        mask = batch["attention_mask"].bool()
-        tokens.append(hidden[mask])
-        weights = mask.unsqueeze(-1).float()
-        pooled.append((hidden * weights).sum(1) / weights.sum(1))
-    return EncoderOutputs(torch.cat(tokens), torch.cat(pooled))
-
-
-def mean_cosine(tuned: EncoderOutputs, other: EncoderOutputs) -> float:
-    """Mean over texts of the cosine between two models' pooled outputs."""
-    return float(nn.functional.cosine_similarity(tuned.pooled.double(), other.pooled.double(), dim=-1).mean())
-
-
-def share_of_gap(found: EncoderOutputs, expected: EncoderOutputs, base: EncoderOutputs, tuned: EncoderOutputs) -> float:
-    """Distance of `found` to `expected` (all tokens, Frobenius norm) as a share of the base-to-tuned distance."""
-    return float((found.tokens - expected.tokens).norm() / (tuned.tokens - base.tokens).norm())
-
-
-@torch.no_grad()
-def token_kl(tuned: Callable[..., Any], other: Callable[..., Any], batches: Iterable[Batch]) -> tuple[float, int]:
-    """KL(tuned || other) in nats per token that is not padding, on the vocabulary both have; and how many tokens."""
-    total, count = 0.0, 0
-    for batch in batches:
-        mask = batch["attention_mask"].bool()
-        expected = tuned(**_inputs(tuned, batch)).logits[mask].float()  # [tokens, V]
-        found = other(**_inputs(other, batch)).logits[mask].float()
-        shared = min(expected.shape[-1], found.shape[-1])
-        log_p, log_q = (logits[:, :shared].log_softmax(-1) for logits in (expected, found))
-        total += float(nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
-        count += int(mask.sum())
-    return total / count, count
-
-
-def _inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """Forward's arguments; the decoder of an encoder-decoder reads the same tokens as its encoder."""
-    config = getattr(model, "config", None)
-    vocabulary = getattr(config, "vocab_size", None)
-    ids = batch["input_ids"]
-    if vocabulary is not None and int(ids.max()) >= vocabulary:
-        raise UnsupportedError(
-            f"the text has token {int(ids.max())}, past the {vocabulary} of {type(model).__name__}: "
-            "leave out texts with tokens that the fine-tune has added"
-        )
-    return {**batch, "decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else dict(batch)
-
-
 def verify(
     delta: Delta,
-    base: str | Path,
+    base: nn.Module | str | Path,
     tuned: str | Path,
     texts: Sequence[str] | None = None,
     *,
@@ -226,7 +221,8 @@ def verify(
     """Compare a delta with the tuned model it stands for: both models and base + delta, in fp32, on the same texts.
 
     Args:
-        delta: the compressed fine-tune.  base, tuned: checkpoint folders or hub ids.
+        delta: the compressed fine-tune.  base, tuned: checkpoint folders or hub ids; a base that is quantized is given
+            as a model, and runs as it is.
         texts: to evaluate on; None takes held-out paragraphs, or random tokens where there is no tokenizer.
         progress: called with (stage, done, total).
 
@@ -242,17 +238,24 @@ def verify(
         report("Comparing with the tuned model", 1, 3)
         expected, kind = load_model(tuned)
         batches, data = evaluation_batches(expected, tuned, texts)
-        figures, count = [], 0
         reference = encoder_outputs(expected, batches) if kind == "encoder" else None
+        found: list[tuple[float, float, float]] = []  # the figure, and the second one of the tuned model and of this
+        states = [layer_states(expected, batches[-1])]
+        count = 0
         for step, folder in enumerate((base, restored), start=2):
-            model, found_kind = load_model(folder)
+            model, found_kind = (folder, kind) if isinstance(folder, nn.Module) else load_model(folder)
             if found_kind != kind:
                 raise UnsupportedError(f"{tuned} is an {kind} but {folder} is not: compare models of one kind")
             if reference is not None:
-                count = reference.pooled.shape[0]
-                figures.append(mean_cosine(reference, encoder_outputs(model, batches)))
+                outputs = encoder_outputs(model, batches)
+                count = len(outputs.pooled)
+                found.append((mean_cosine(reference, outputs), 1.0, rank_correlation(reference, outputs)))
             else:
-                figure, count = token_kl(expected, model, batches)
-                figures.append(figure)
+                figures = token_figures(expected, model, batches)
+                count = figures.tokens
+                found.append((figures.kl, figures.perplexity_tuned, figures.perplexity))
+            states.append(layer_states(model, batches[-1]))
             report("Comparing with the tuned model", step, 3)
-    return Fidelity(kind, figures[0], figures[1], count, data)
+    before, after = found
+    beside = Beside("perplexity" if reference is None else "rank correlation", after[1], before[2], after[2])
+    return Fidelity(kind, before[0], after[0], count, data, beside, lost_by_layer(*states))

@@ -82,11 +82,27 @@ def fidelity_table(found: Fidelity) -> Table:
     """One evaluation: before, after, and the share recovered."""
     encoder = found.kind == "encoder"
     unit = "texts" if encoder else "tokens"
-    table = Table("", "mean cosine to the fine-tune" if encoder else "KL per token (nats)", box=None)
+    beside = found.beside
+    second = [] if beside is None else [beside.name]
+    table = Table("", "mean cosine to the fine-tune" if encoder else "KL per token (nats)", *second, box=None)
     table.title = f"{found.data} ({found.count} {unit})"
-    table.add_row("base", f"{found.base:.6f}")
-    table.add_row("base + delta", f"{found.compressed:.6f}")
+    models = {
+        "base": (found.base, beside and beside.base),
+        "base + delta": (found.compressed, beside and beside.compressed),
+    }
+    for name, figures in models.items():
+        table.add_row(name, *(f"{figure:.6f}" for figure in figures if figure is not None))
     table.add_row("recovered", share(found))
+    if beside is not None and not encoder:
+        table.add_row("fine-tune", "", f"{beside.tuned:.6f}")
+    return table
+
+
+def layer_table(found: Fidelity) -> Table:
+    """What is lost after every layer."""
+    table = Table("layer", "squared distance to the fine-tune, as a share of the base's", box=None)
+    for place, lost in enumerate(found.layers):
+        table.add_row(str(place) if place else "embedding", f"{lost:.2e}")
     return table
 
 

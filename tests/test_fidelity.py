@@ -51,18 +51,50 @@ def test_share_of_gap_is_relative_to_the_base_to_tuned_distance() -> None:
     assert fidelity.share_of_gap(outputs(3.0), outputs(3.5), outputs(1.0), outputs(6.0)) == pytest.approx(0.1)
 
 
-def test_token_kl_is_per_token_without_padding_and_in_this_direction() -> None:
+def test_kl_is_per_token_without_padding_and_in_this_direction() -> None:
     even, skewed = [0.5, 0.5], [0.75, 0.25]
+    batch = {"input_ids": torch.tensor([[1, 0], [1, 0]]), "attention_mask": BATCH["attention_mask"]}
     tuned = language_model([[skewed, even], [even, skewed]])
     other = language_model([[even, even], [even, even]])
+    found = fidelity.token_figures(tuned, other, [batch])
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # one of three tokens differs
-    assert fidelity.token_kl(tuned, other, [BATCH]) == (pytest.approx(expected / 3), 3)
+    assert (found.kl, found.tokens) == (pytest.approx(expected / 3), 3)
 
 
-def test_token_kl_of_a_smaller_vocabulary_compares_what_both_have() -> None:
+def test_kl_of_a_smaller_vocabulary_compares_what_both_have() -> None:
+    batch = {"input_ids": torch.tensor([[1, 0], [1, 0]]), "attention_mask": BATCH["attention_mask"]}
     tuned = language_model([[[0.4, 0.4, 0.2]] * 2] * 2)
     other = language_model([[[0.5, 0.5]] * 2] * 2)
-    assert fidelity.token_kl(tuned, other, [BATCH])[0] == pytest.approx(0, abs=1e-6)
+    assert fidelity.token_figures(tuned, other, [batch]).kl == pytest.approx(0, abs=1e-6)
+
+
+def test_perplexity_is_that_of_the_next_token_without_padding() -> None:
+    batch = {
+        "input_ids": torch.tensor([[0, 1, 0], [0, 1, 1]]),
+        "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+    }
+    tuned = language_model([[[0.5, 0.5], [0.1, 0.9], [0.1, 0.9]], [[0.2, 0.8], [0.75, 0.25], [0.9, 0.1]]])
+    other = language_model([[[0.5, 0.5]] * 3] * 2)
+    found = fidelity.token_figures(tuned, other, [batch])
+    # Tokens that follow one: 1 at probability 0.5, 1 at 0.8, 1 at 0.25; the last of each row and padding predict none.
+    assert found.perplexity_tuned == pytest.approx((0.5 * 0.8 * 0.25) ** (-1 / 3))
+    assert found.perplexity == pytest.approx(2)
+
+
+def test_rank_correlation_is_of_the_order_of_pairs() -> None:
+    def outputs(*angles: float) -> fidelity.EncoderOutputs:
+        pooled = torch.tensor([[math.cos(angle), math.sin(angle)] for angle in angles])
+        return fidelity.EncoderOutputs(torch.empty(0, 2), pooled)
+
+    tuned = outputs(0.0, 0.1, 0.5)  # pairs by nearness: 01, 12, 02
+    assert fidelity.rank_correlation(tuned, outputs(0.0, 0.3, 1.0)) == pytest.approx(1)
+    assert fidelity.rank_correlation(tuned, outputs(0.0, 0.7, 0.1)) == pytest.approx(-1)  # 02, 12, 01
+    assert fidelity.rank_correlation(outputs(0.0, 0.1), outputs(0.0, 0.2)) == 1
+
+
+def test_what_is_lost_by_layer_is_a_share_of_the_bases_distance() -> None:
+    tuned, base, other = ([torch.full((3, 2), value) for value in values] for values in ([1, 2], [1, 6.0], [1, 3.0]))
+    assert fidelity.lost_by_layer(tuned, base, other) == (0.0, pytest.approx(1 / 16))
 
 
 @pytest.mark.parametrize(
@@ -133,9 +165,19 @@ def test_load_model_of_no_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pair", ["bert_pair", "llama_pair"])
 def test_verify_of_a_lossless_delta_recovers_everything(pair: str, request: pytest.FixtureRequest) -> None:
     folders = request.getfixturevalue(pair)
-    found = fidelity.verify(lossless(folders), folders.base, folders.tuned, ["the language of python", "a value"])
-    assert found.data == "2 given texts"
+    found = fidelity.verify(
+        lossless(folders),
+        folders.base,
+        folders.tuned,
+        ["the language of python", "a value", "it is not in the language"],
+    )
+    assert found.data == "3 given texts"
     assert found.recovered == pytest.approx(1, abs=1e-3)
+    assert found.beside is not None
+    assert found.beside.compressed == pytest.approx(found.beside.tuned, rel=1e-4)
+    assert found.beside.name == ("perplexity" if pair == "llama_pair" else "rank correlation")
+    if pair == "llama_pair":
+        assert abs(found.beside.base / found.beside.tuned - 1) > 1e-3
 
 
 def test_verify_without_a_tokenizer_uses_random_tokens(bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
