@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TYPES := build/types
+TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -21,9 +22,11 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and alone: resolved together with the rest, another build of it could be pulled in.
+# torch comes first and alone: resolved together with the rest, another build of it could be pulled in. A CUDA build brings
+# its own triton; beside a CPU build, where there is a wheel, comes the one that compiles our GPU kernels in the tests.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) $(PIP_TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/python -c 'import triton' 2>/dev/null || test "$$(uname -sm)" != "Linux x86_64" || $(PIP_INSTALL) "$(TRITON)"
 	@touch $@
 
 $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,3 +102,25 @@ def bert_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @pytest.fixture(scope="session")
 def llama_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return save_pair(tmp_path_factory.mktemp("llama"), llama)
+
+
+@pytest.fixture(scope="session")
+def quantize() -> Callable[[nn.Module, str], nn.Module]:
+    """Quantizes the linears of a model in place, weights only: to int8 per row, or int4 in groups of 32."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "invalid escape sequence")  # where its files have not been compiled before
+        from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
+
+    configs = {
+        "int8": Int8WeightOnlyConfig(),
+        "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),  # a byte each
+        "int4 packed": PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False),
+    }
+
+    def quantized(model: nn.Module, form: str) -> nn.Module:
+        quantize_(model, configs[form])
+        return model.eval()
+
+    return quantized

@@ -107,7 +107,7 @@ def test_every_package_is_installed() -> None:
 
 
 def test_importing_the_package_has_no_side_effects() -> None:
-    heavy = ("transformers", "matplotlib", "torch._inductor", "typer", "rich")
+    heavy = ("transformers", "torchao", "matplotlib", "torch._inductor", "typer", "rich")
     found = run_python(
         f"import sys, torch, bitdelta_compile; before = [m for m in {heavy!r} if m in sys.modules]; "
         "print(before, torch.cuda.is_initialized())"
