@@ -55,7 +55,7 @@ def compress(
         base, tuned: loaded modules, checkpoint folders, or hub ids. Weights of folders stay in their files.
         calibration: what both models run on: texts, conversations (lists of messages, written out by the tokenizer's
             chat template), or mappings of forward arguments. None: tokens that the tuned model writes where it is a
-            causal language model, random tokens elsewhere; those fit scales only, signs fitted to them do harm.
+            causal language model, random ones elsewhere, drawn by Zipf's law.
         quality: `fast`, `balanced` or `best`: see `RECIPES` for what each does and costs.
         method: instead of the quality's own: `sequential`, `closed_form`, or `mean_abs`, one scale per matrix from the
             weights (BitDelta's start, arXiv 2402.10193), for which folders are read tensor by tensor.
@@ -80,7 +80,10 @@ def compress(
         UnsupportedError: an option out of range, a budget that no delta fits in (the message names the smallest), a
             compiled model whose tuned weights were let go, or a `work_dir` that holds other work.
     """
-    settings, tokens = _settings(quality, method, planes, rank, tokens, allocation)
+    settings = _settings(quality, method, planes, rank, allocation)
+    recipe = RECIPES[quality]
+    drawn = recipe.random_tokens if tokens is None else tokens
+    tokens = recipe.tokens if tokens is None else tokens
     check_amount(tokens, seed)
     for module in (base, tuned):
         if isinstance(module, nn.Module):
@@ -114,12 +117,11 @@ def compress(
         Path(work_dir).mkdir(parents=True, exist_ok=True)
     keep = None if work_dir is None else Path(work_dir)
     workload = prepare(
-        tuned, theirs, calibration, settings.method, tokens=tokens, seed=seed, temperature=temperature, keep=keep,
-        progress=progress,
+        tuned, theirs, calibration, settings.method, tokens=tokens, random_tokens=drawn, seed=seed,
+        temperature=temperature, keep=keep, progress=progress,
     )  # fmt: skip
-    if workload.data == "random" and settings.method == "sequential" and method is None:
-        settings = dataclasses.replace(settings, method="closed_form")
     options |= {"method": settings.method, "calibration": workload.data}
+    options["tokens"] = drawn if workload.data == "random" else tokens
 
     def make(settings: Settings, folder: Path | None) -> Delta:
         encodings, figures = encode(
@@ -166,10 +168,9 @@ def _settings(
     method: Method | None,
     planes: int,
     rank: int,
-    tokens: int | None,
     allocation: Mapping[str, Allocation] | None,
-) -> tuple[Settings, int]:
-    """Settings and number of tokens.
+) -> Settings:
+    """The settings of a quality, with what the caller wants otherwise.
 
     Raises:
         UnsupportedError: an option out of range.
@@ -178,7 +179,7 @@ def _settings(
         raise UnsupportedError(f"quality must be one of {', '.join(RECIPES)}, got {quality!r}")
     recipe = RECIPES[quality]
     try:
-        settings = Settings(
+        return Settings(
             recipe.method if method is None else method,
             planes,
             rank,
@@ -188,7 +189,6 @@ def _settings(
         )
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
-    return settings, recipe.tokens if tokens is None else tokens
 
 
 def _task(

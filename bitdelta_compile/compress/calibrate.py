@@ -18,6 +18,8 @@ Batch = dict[str, Any]
 # Lengths of random sequences, each with an equal share of the tokens. Attention over many random tokens is nearly an
 # average, unlike any text: short sequences give the later layers inputs with more variety.
 RANDOM_LENGTHS = (8, 16, 32, 64, 128)
+# Of Zipf's law: odds fall as 1 / (rank + FLATTENING) past the first RESERVED_IDS of a LARGE_VOCABULARY.
+FLATTENING, RESERVED_IDS, LARGE_VOCABULARY = 20, 1000, 20000
 TEXT_TOKENS = 512
 TEXT_BATCHES = 16  # at most: each is a run of its own
 # Positions kept free of random tokens: some tables (RoBERTa's) reserve their first entries.
@@ -59,7 +61,10 @@ def _with_decoder(model: nn.Module, batch: Batch) -> Batch:
 
 
 def random_tokens(model: nn.Module, tokens: int, seed: int, device: torch.device) -> list[Batch]:
-    """One batch of uniformly random ids per length, in all at least `tokens`; the same for a seed on every device.
+    """One batch of random ids per length, in all at least `tokens`; the same for a seed on every device.
+
+    Vocabularies list their entries roughly by how often they occur: ids are drawn by Zipf's law over that order, past
+    the entries that large ones reserve, or have for bytes and single letters.
 
     Raises:
         CalibrationError: the model's config names no vocabulary.
@@ -69,12 +74,16 @@ def random_tokens(model: nn.Module, tokens: int, seed: int, device: torch.device
         raise CalibrationError(
             f"{type(model).__name__} has no config with a vocab_size to draw tokens from: give calibration batches"
         )
+    first = RESERVED_IDS if size > LARGE_VOCABULARY else 0
+    odds = torch.zeros(size)
+    odds[first:] = 1 / torch.arange(1 + FLATTENING, 1 + FLATTENING + size - first)
     generator = torch.Generator().manual_seed(seed)
     batches: list[Batch] = []
     for wanted in RANDOM_LENGTHS:
         length = sequence_length(model, min(wanted, tokens))
         sequences = -(-tokens // (length * len(RANDOM_LENGTHS)))
-        ids = torch.randint(size, (sequences, length), generator=generator).to(device)
+        drawn = torch.multinomial(odds, sequences * length, replacement=True, generator=generator)
+        ids = drawn.view(sequences, length).to(device)
         batches.append(_with_decoder(model, {"input_ids": ids}))
     return batches
 

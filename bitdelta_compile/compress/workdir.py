@@ -19,6 +19,7 @@ from ..fileformat import FormatError, map_tensors, read_header, write_tensors
 from .fit import Fitted
 
 _TASK = "task.json"
+SAMPLED = "sampled-"  # how the names of files of sampled tokens begin, which are there before the task is known
 
 
 class WorkDir:
@@ -36,7 +37,7 @@ class WorkDir:
         wanted = json.dumps(task, sort_keys=True, indent=1)
         path = folder / _TASK
         if not path.exists():
-            if any(folder.glob("*.safetensors")):
+            if any(not path.name.startswith(SAMPLED) for path in folder.glob("*.safetensors")):
                 raise UnsupportedError(f"{folder} holds files of something else: give an empty folder")
             temporary = path.with_suffix(".tmp")
             temporary.write_text(wanted)

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from ..checkpoint import Checkpoint, match_names
 from ..errors import CalibrationError, UnsupportedError
 from ..fileformat import map_tensors, read_header, write_tensors
+from ..fingerprint import Fingerprint
 from ..progress import Progress
 from . import calibrate
 from .loading import mapped_model
 from .sample import can_write, first_tokens, sample
 from .settings import Method
 from .streams import Run
+from .workdir import SAMPLED
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,6 @@ Data = Literal["texts", "batches", "sampled", "random", "none"]
 
 # Enough to see every use once: two sequences of eight tokens.
 _GLANCE_TOKENS = 16
-_SAMPLED = "sampled.safetensors"
 _SAMPLED_ROWS = 4
 
 
@@ -129,6 +130,7 @@ def prepare(
     method: Method,
     *,
     tokens: int,
+    random_tokens: int,
     seed: int,
     temperature: float,
     keep: Path | None,
@@ -137,6 +139,7 @@ def prepare(
     """The runs that show `encode` how `source` uses its parameters and what inputs they meet.
 
     Args:
+        tokens, random_tokens: how many, and how many where they are random.
         keep: where sampled tokens are kept, so that they are drawn once.
 
     Raises:
@@ -176,10 +179,12 @@ def prepare(
     if calibration is not None:
         batches, data = calibrate.make_batches(model, calibration, tokenizer, tokens=tokens)
     elif can_write(model):
-        batches, data = _sampled(model, tokenizer, keep, tokens, seed, temperature, progress), "sampled"
+        theirs = Fingerprint.of(checkpoint, checkpoint.names()).digest
+        drawn = _sampled(model, theirs, tokenizer, keep, tokens, seed, temperature, progress)
+        batches, data = drawn, "sampled"
     else:
         device = calibrate.device_of(model)
-        batches, data = calibrate.random_tokens(model, tokens, seed, device), "random"
+        batches, data = calibrate.random_tokens(model, random_tokens, seed, device), "random"
     return Workload(calibrate.model_runs(model, batches), handles, data, _digest(batches), model)
 
 
@@ -197,6 +202,7 @@ def _digest(batches: Sequence[calibrate.Batch]) -> str:
 
 def _sampled(
     model: nn.Module,
+    theirs: str,
     tokenizer: Callable[[], Any],
     keep: Path | None,
     tokens: int,
@@ -204,8 +210,11 @@ def _sampled(
     temperature: float,
     progress: Progress | None,
 ) -> list[calibrate.Batch]:
-    """Sequences that the model writes, in batches of one run each."""
-    path = None if keep is None else keep / _SAMPLED
+    """Sequences that the model (`theirs`, its fingerprint) writes, in batches of one run each."""
+    drawn_from = f"{theirs} {tokens} {seed} {temperature}"
+    path = (
+        None if keep is None else keep / f"{SAMPLED}{hashlib.sha256(drawn_from.encode()).hexdigest()[:16]}.safetensors"
+    )
     if path is not None and path.exists():
         stored = map_tensors(path, read_header(path))
         drawn = [stored[key] for key in sorted(stored)]

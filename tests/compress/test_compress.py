@@ -158,7 +158,7 @@ def test_planes_and_rank_close_the_gap(built):
     few = {"tokens": 256, "quality": "fast"}
     errors = [left_of_gap(compress(built.base, built.tuned, planes=planes, **few), built) for planes in (1, 2, 4)]
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.3 * errors[0]
+    assert errors[-1] < 0.4 * errors[0]
     fits = [compress(built.base, built.tuned, rank=rank, **few).report["parameters"] for rank in (0, 2, 16)]
     for name, figures in fits[0].items():
         if "error" in figures:
