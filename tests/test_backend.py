@@ -303,7 +303,7 @@ def test_inductor_runs_the_rewritten_graph_with_its_own_options() -> None:
 def test_graph_breaks_inside_submodules_find_their_parameters(route: str) -> None:
     base = Broken()
     tuned = fine_tuned(base)
-    delta = bdc.compress(base, tuned)
+    delta = bdc.compress(base, tuned, tokens=256)
     model = compiled(tuned, base=base) if route == "base" else compiled(base, delta=delta)
     with torch.no_grad():
         found = model(ids())
@@ -315,7 +315,7 @@ def test_graph_breaks_inside_submodules_find_their_parameters(route: str) -> Non
 
 def test_layers_left_to_eager_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     base = Loop()
-    model = compiled(base, delta=bdc.compress(base, fine_tuned(base)))
+    model = compiled(base, delta=bdc.compress(base, fine_tuned(base), tokens=256))
     with torch.no_grad(), caplog.at_level(logging.WARNING, "bitdelta_compile.sources"):
         model(ids())
         model(ids())
@@ -408,7 +408,7 @@ def test_a_delta_file_is_opened_once_and_lives_as_long_as_its_graphs(
 ) -> None:
     base = Classifier()
     path = tmp_path / "tuned.bitdelta.safetensors"
-    bdc.compress(base, fine_tuned(base)).save(path)
+    bdc.compress(base, fine_tuned(base), tokens=256).save(path)
     opened: list[weakref.ref[Any]] = []
     load = bdc.Delta.load
 
@@ -488,7 +488,7 @@ class Wrapper(nn.Module):
 def test_a_wrapper_keeps_its_own_head(route: str, breaks: bool) -> None:
     base = Classifier()
     tuned = fine_tuned(base)
-    delta = bdc.compress(base, tuned)
+    delta = bdc.compress(base, tuned, tokens=256)
     wrapped = Wrapper(tuned if route == "base" else base, breaks=breaks)
     model = compiled(wrapped, base=base) if route == "base" else compiled(wrapped, delta=delta)
     with torch.no_grad():
@@ -505,7 +505,7 @@ def test_a_wrapper_keeps_its_own_head(route: str, breaks: bool) -> None:
 def test_a_function_over_a_model(route: str) -> None:
     base = Classifier()
     tuned = fine_tuned(base)
-    delta = bdc.compress(base, tuned)
+    delta = bdc.compress(base, tuned, tokens=256)
     subject = tuned if route == "base" else base
 
     def pooled(tokens: Tensor) -> Tensor:
@@ -542,7 +542,9 @@ class Stranger(nn.Module):
 @pytest.mark.parametrize("route", ["base", "delta"])
 def test_a_model_that_shares_no_name_is_refused(route: str) -> None:
     base = Classifier()
-    options: dict[str, Any] = {"base": base} if route == "base" else {"delta": bdc.compress(base, fine_tuned(base))}
+    options: dict[str, Any] = (
+        {"base": base} if route == "base" else {"delta": bdc.compress(base, fine_tuned(base), tokens=256)}
+    )
     with pytest.raises(BackendCompilerFailed, match="their names have nothing in common"):
         compiled(Stranger(), **options)(ids())
 
@@ -555,14 +557,14 @@ def test_a_model_that_shares_names_only_is_refused() -> None:
 
 def test_a_delta_for_another_base_is_refused_by_name() -> None:
     base = Classifier()
-    delta = bdc.compress(base, fine_tuned(base))
+    delta = bdc.compress(base, fine_tuned(base), tokens=256)
     with pytest.raises(BackendCompilerFailed, match=r"not the base the delta was made for: table\.weight holds"):
         compiled(Classifier(seed=1), delta=delta)(ids())
 
 
 def test_one_parameter_of_another_base_is_refused_by_name() -> None:
     base = Classifier()
-    delta = bdc.compress(base, fine_tuned(base))
+    delta = bdc.compress(base, fine_tuned(base), tokens=256)
     with torch.no_grad():
         base.second.weight += 0.1
     with pytest.raises(BackendCompilerFailed, match=r"second\.weight holds"):
@@ -595,7 +597,7 @@ def test_weights_tied_on_one_side_only_are_refused(base_tied: bool, way_out: str
         tuned.table.weight.copy_(base.table.weight + 0.01 * torch.randn(V, H))
         if base_tied:
             tuned.head.weight.copy_(base.table.weight + 0.01 * torch.randn(V, H))
-    delta = bdc.compress(base, tuned)
+    delta = bdc.compress(base, tuned, tokens=256)
     compiled = torch.compile(base, backend="bitdelta", options={"delta": delta, **EAGER})
     with pytest.raises(BackendCompilerFailed, match=way_out) as caught, torch.no_grad():
         compiled(torch.arange(5))
@@ -617,7 +619,7 @@ def test_base_in_another_dtype_warns_and_is_right(caplog: pytest.LogCaptureFixtu
 def test_an_fp32_delta_on_a_bf16_copy_of_its_base() -> None:
     base = Classifier()
     tuned = fine_tuned(base)
-    delta = bdc.compress(base, tuned)
+    delta = bdc.compress(base, tuned, tokens=256)
     half = copy.deepcopy(base).bfloat16()
     with torch.no_grad():
         exact = materialized(copy.deepcopy(half).float(), tuned, delta.encodings)(ids())
@@ -631,7 +633,7 @@ def test_an_fp32_delta_on_a_bf16_copy_of_its_base() -> None:
 def test_grad_mode_gives_the_same_numbers(route: str, lower: str) -> None:
     base = Classifier()
     tuned = fine_tuned(base)
-    delta = bdc.compress(base, tuned)
+    delta = bdc.compress(base, tuned, tokens=256)
     options: dict[str, Any] = {"base": base} if route == "base" else {"delta": delta}
     model = compiled(tuned if route == "base" else base, **options, lower=lower)
     found = model(ids())
@@ -644,7 +646,7 @@ def test_grad_mode_gives_the_same_numbers(route: str, lower: str) -> None:
 def test_autocast(route: str, inside: bool) -> None:
     base = Classifier()
     tuned = fine_tuned(base, 0.3)
-    delta = bdc.compress(base, tuned)
+    delta = bdc.compress(base, tuned, tokens=256)
     subject = tuned if route == "base" else base
 
     def within(tokens: Tensor) -> Tensor:
@@ -688,7 +690,7 @@ def test_a_model_converted_after_its_first_call(route: str) -> None:
     tuned = fine_tuned(base, 0.3)
     ids = torch.randint(V, (8, 5))
     exact, plain = tuned(ids), base(ids)
-    options: dict[str, Any] = {"delta": bdc.compress(base, tuned)} if route == "delta" else {"base": base}
+    options: dict[str, Any] = {"delta": bdc.compress(base, tuned, tokens=256)} if route == "delta" else {"base": base}
     if route == "release":
         options["release"] = True
     model = base if route == "delta" else tuned
@@ -705,7 +707,7 @@ def test_a_model_converted_after_its_first_call(route: str) -> None:
 
 def test_release_does_not_go_with_a_delta() -> None:
     base = Classifier()
-    delta = bdc.compress(base, fine_tuned(base))
+    delta = bdc.compress(base, fine_tuned(base), tokens=256)
     with pytest.raises(BackendCompilerFailed, match="leave the option out"):
         compiled(base, delta=delta, release=True)(ids())
 
@@ -754,14 +756,16 @@ class Head(nn.Module):
 
 def test_a_head_of_another_size_is_refused_by_name() -> None:
     base, tuned = Head(2), fine_tuned(Head(3))
-    compiled = torch.compile(base, backend="bitdelta", options={"delta": bdc.compress(base, tuned), **EAGER})
+    compiled = torch.compile(
+        base, backend="bitdelta", options={"delta": bdc.compress(base, tuned, tokens=256), **EAGER}
+    )
     with pytest.raises(BackendCompilerFailed, match=r"head.*has shape \[2.* and \[3.*num_labels"), torch.no_grad():
         compiled(torch.randn(4, H))
 
 
 def test_values_that_are_not_finite_are_refused_by_name() -> None:
     base = Head(2)
-    delta = bdc.compress(base, fine_tuned(base))
+    delta = bdc.compress(base, fine_tuned(base), tokens=256)
     delta.encodings["head.bias"].tensors()["value"][0] = float("nan")
     compiled = torch.compile(base, backend="bitdelta", options={"delta": delta, **EAGER})
     with pytest.raises(BackendCompilerFailed, match=r"head.bias: value holds NaN"), torch.no_grad():
@@ -770,7 +774,7 @@ def test_values_that_are_not_finite_are_refused_by_name() -> None:
 
 def test_the_last_graph_that_torch_allows_is_announced(caplog: pytest.LogCaptureFixture) -> None:
     base = Head(2)
-    options = {"delta": bdc.compress(base, fine_tuned(base)), **EAGER}
+    options = {"delta": bdc.compress(base, fine_tuned(base), tokens=256), **EAGER}
     compiled = torch.compile(base, backend="bitdelta", options=options, dynamic=False)
     with torch._dynamo.config.patch(recompile_limit=3), torch.no_grad(), caplog.at_level(logging.ERROR):
         for rows in (1, 2):
@@ -790,7 +794,7 @@ def test_released_weights_do_not_pass_for_a_fine_tune() -> None:
         with pytest.raises(BackendCompilerFailed, match=r"weights of body.weight were released"):
             again(x)
     with pytest.raises(UnsupportedError, match=r"were released"):
-        bdc.compress(base, tuned)
+        bdc.compress(base, tuned, tokens=256)
 
 
 def test_weights_written_after_the_first_call_count_at_the_next() -> None:
@@ -809,7 +813,7 @@ def test_weights_written_after_the_first_call_count_at_the_next() -> None:
 
 def test_a_base_written_to_after_the_first_call_is_checked_again() -> None:
     base = Head(2)
-    delta = bdc.compress(base, fine_tuned(base))
+    delta = bdc.compress(base, fine_tuned(base), tokens=256)
     x = torch.randn(4, H)
     with torch.no_grad():
         torch.compile(base, backend="bitdelta", options={"delta": delta, **EAGER})(x)

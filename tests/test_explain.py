@@ -128,7 +128,7 @@ def test_the_own_parameters_of_a_wrapper() -> None:
 
 def test_a_delta_by_itself_and_on_its_base() -> None:
     base, tuned = pair()
-    delta = bdc.compress(base, tuned)
+    delta = bdc.compress(base, tuned, tokens=256)
     plain = {line.name: line for line in bdc.explain(delta).lines}
     compiled = {line.name: line for line in bdc.explain(run(base, delta=delta)).lines}
     assert {name: line.kind for name, line in plain.items()} == {name: line.kind for name, line in compiled.items()}
