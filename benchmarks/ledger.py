@@ -176,8 +176,9 @@ def disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], int]:
         dump = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
         text = dump([tool, "-sass", path]).stdout
         usage = dump([tool, "-res-usage", path])
+    registers = max(int(found) for found in re.findall(r"REG:(\d+)", usage.stdout + usage.stderr))
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)
-    return [(int(at, 16), text.strip()) for at, text in lines], int(_found(r"REG:(\d+)", usage.stdout + usage.stderr))
+    return [(int(at, 16), text.strip()) for at, text in lines], registers
 
 
 def hot_loop(instructions: list[tuple[int, str]], contains: str) -> list[str]:

@@ -41,17 +41,25 @@ def bits_kernel(
         col_ptr += (slot.to(tl.int64) * XP + line % XP) * K
     x_ptr += row.to(tl.int64) * x_stride
     largest = 0.0
+    total = 0.0
     odd = 0
     for start in range(0, K, BK):
         part = tl.abs(scaled_x(x_ptr, col_ptr, start + tl.arange(0, BK), K, COL))
         finite = part < float("inf")
-        largest = tl.maximum(largest, tl.max(tl.where(finite, part, 0.0), 0))
+        part = tl.where(finite, part, 0.0)
+        largest = tl.maximum(largest, tl.max(part, 0))
+        total += tl.sum(part, 0)
         odd += tl.sum((finite == 0).to(tl.int32), 0)
-    # A power of two, so that whatever has no more bits than fit stays exact; x of 1e-30 and less counts as 0.
+    # A power of two, so that whatever has no more bits than fit stays exact; x of 1e-30 and less counts as 0. Where one
+    # entry towers over the others these are rounded anyway, and the finest step there is serves them better.
     TOP: tl.constexpr = 23 if WIDE else 15
     exponent = (tl.maximum(largest, 1e-30).to(tl.int32, bitcast=True) >> 23) + 1 - TOP
     scale = (exponent << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    if not WIDE:
+        towers = largest * K > 16.0 * total
+        scale = tl.where(towers, largest / 32767.0, scale)
+        inverse = tl.where(towers, 32767.0 / tl.maximum(largest, 1e-30), inverse)
     tiny = largest <= 1e-30
     inverse = tl.where(tiny, 0.0, inverse)
     word = tl.arange(0, 16)  # of two blocks
