@@ -79,7 +79,9 @@ class Fused:
 BINARY_DECODE = (Binary(4, 1, 1, 4, 1), Binary(2, 1, 1, 8, 1), Binary(2, 4, 1, 4, 1))
 EXACT_DECODE = (Exact(2, 4, 2, 8, 2),)
 FUSED_DECODE = (Fused(BINARY_DECODE[0], 64, 4, 4), Fused(BINARY_DECODE[2], 64, 4, 4))
-PREFILL = (Exact(2, 4, 2, 64, 1),)  # what is larger spills on some targets
+# What is larger spills on some targets. The second is for sm_100: with four warps Triton would keep the signs of all 16
+# bits in tensor memory, twice what there is.
+PREFILL = (Exact(2, 4, 2, 64, 1), Exact(2, 2, 2, 32, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,8 @@ def choose(
         return None
     form = "asm" if isinstance(arch, int) else "plain"
     if rows > DECODE_ROWS:
-        return Plan(PREFILL[0], splits=splits(dtype, column, exact), sorted=True, form=form)
+        config = PREFILL[1 if isinstance(arch, int) and 100 <= arch < 120 else 0]
+        return Plan(config, splits=splits(dtype, column, exact), sorted=True, form=form)
     # From sm_100 on there is no binary MMA: it would be emulated.
     if exact or not isinstance(arch, int) or arch >= 100 or features > BINARY_FEATURES:
         return Plan(EXACT_DECODE[0], splits=splits(dtype, column, True), form=form)

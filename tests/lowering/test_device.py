@@ -73,6 +73,7 @@ FACTS = {"outputs": 4096, "features": 4096, "dtype": torch.bfloat16, "column": F
         ("gfx942", 16, 16, {}, configs.Plan(configs.EXACT_DECODE[0], form="plain")),
         (90, 16, 16, {"features": 40000}, configs.Plan(configs.EXACT_DECODE[0])),
         (90, 4096, 4, {}, configs.Plan(configs.PREFILL[0], sorted=True)),
+        (100, 4096, 4, {}, configs.Plan(configs.PREFILL[1], sorted=True)),
         (90, 16, 16, {"layout": layout.CANONICAL}, None),
         (90, 16, 16, {"dtype": torch.float64}, None),
         (75, 16, 16, {}, None),
