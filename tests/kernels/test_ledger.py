@@ -25,9 +25,9 @@ HOT_LOOP = {  # thread-instructions per weight on sm_90
     "exact": 1.0,
     "exact 3 parts": 1.4,
     "exact with base": 1.0,
-    "prefill": 2.2,
-    "prefill 3 parts": 3.5,
-    "prefill with base": 2.2,
+    "prefill": 1.5,
+    "prefill 3 parts": 3.3,
+    "prefill with base": 1.5,
 }
 
 

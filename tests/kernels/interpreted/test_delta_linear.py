@@ -110,7 +110,7 @@ def test_a_row_does_not_depend_on_its_neighbours(bank, packed, popularity, kind)
 
 
 @pytest.mark.parametrize("kind", ["binary 24", "exact"])
-def test_a_plane_that_a_tenant_lacks_is_not_read(bank, packed, kind):
+def test_a_plane_that_a_tenant_lacks_adds_nothing(bank, packed, kind):
     tensors = bank(2, 2, 20, 300, column=True)
     tensors[1][1, 1] = 0
     tenant = torch.tensor([1, 0, 1], dtype=torch.int32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from bitdelta_compile.kernels import delta_embedding, layout, operands, reference, segments, tile
+from bitdelta_compile.kernels import delta_embedding, layout, operands, reference, segments, tile, tile_linear
 
 # the interpreter's own, with loop bounds known at run time
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
@@ -34,6 +34,21 @@ def test_bits_are_the_same_numbers_in_every_form():
         exponent = (1 << (bit - 7 if bit >= 7 else bit + 1)) - 127
         expected = 2 * is_set - 1 if bit == 15 else is_set * 2.0**exponent
         assert torch.equal(found["plain"][bit], expected)
+
+
+@triton.jit
+def planes_alive(scale_ptr, out_ptr):
+    plane = tl.program_id(0)
+    scale = tl.load(scale_ptr + plane * 16 + tl.arange(0, 16))
+    tl.store(out_ptr + plane, tile_linear.is_live(scale, True))
+
+
+def test_a_plane_without_scales_is_skipped():
+    scale = torch.zeros(3, 16)
+    scale[1, 5] = -1e-6
+    out = torch.empty(3, dtype=torch.int32)
+    planes_alive[3,](scale, out)
+    assert out.tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("wide", [False, True])
