@@ -26,7 +26,7 @@ HOT_LOOP = {  # thread-instructions per weight on sm_90
     "exact 3 parts": 1.4,
     "exact with base": 1.0,
     "prefill": 1.5,
-    "prefill 3 parts": 3.3,
+    "prefill 3 parts": 2.2,
     "prefill with base": 1.5,
 }
 

@@ -49,7 +49,7 @@ PLANS = {
     [
         (1, 1, 1, 1, 31, False, 0),
         (5, 3, 2, 33, 300, True, 3),
-        (6, 2, 1, 20, 1030, False, 0),
+        (3, 2, 1, 17, 1030, False, 0),
         (4, 4, 1, 16, 384, True, 0),
     ],
 )
@@ -172,7 +172,7 @@ def test_the_widest_rows(bank, packed, plan):
 
 
 def test_many_rows_and_slots(bank, packed):
-    tensors = bank(64, 1, 17, 40)
+    tensors = bank(64, 1, 16, 40)
     tenant = torch.randint(-1, 65, (257,), generator=torch.Generator().manual_seed(6), dtype=torch.int32)
     x = torch.randn(257, 40, generator=torch.Generator().manual_seed(7))
     plan = exact(dataclasses.replace(SMALL, BM=16), 3, is_sorted=True)
