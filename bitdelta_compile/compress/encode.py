@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -111,6 +112,11 @@ class _Matrices:
         done = self.work.load(name) if self.work is not None else None
         if done is None:
             done = fit(matrix, metric, self.settings, planes=planes, rank=rank, weight=weight)
+            if done.weight_error > self.settings.max_error and self.settings.method == "sequential":
+                # Error feedback moves errors to where these inputs do not see them; the delta's own signs do not.
+                own = dataclasses.replace(self.settings, method="closed_form")
+                other = fit(matrix, metric, own, planes=planes, rank=rank, weight=weight)
+                done = min(done, other, key=lambda each: each.weight_error)
             if self.work is not None:
                 done = self.work.store(name, done)
         self._settle(name, *self._judge(name, done))

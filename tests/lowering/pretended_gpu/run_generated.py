@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 
 
 def loaded(path: Path) -> ModuleType:
@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
     import triton.runtime.interpreter as interpreter
 
     emulated = loaded(TESTS / "kernels" / "interpreted" / "conftest.py")._emulate
-    without_gpu = loaded(TESTS / "lowering" / "without_gpu.py")
+    without_gpu = loaded(Path(__file__).with_name("without_gpu.py"))
     interpreter.InterpreterBuilder.create_inline_asm = emulated  # type: ignore[attr-defined]
     for path in sorted(folder.glob("*.pt")):
         inputs = torch.load(path, weights_only=True)
