@@ -43,6 +43,10 @@ _VIEWS = frozenset(
 )
 
 
+# Operations that want their operands in one dtype: a graph may cast some of them to a narrow one by name.
+_ALIKE = frozenset(("scaled_dot_product_attention", "linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "baddbmm"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """The model on one batch.
@@ -76,6 +80,15 @@ class Substitution(UseRecorder):
     def __init__(self, parameters: Mapping[str, Tensor], on_use: Callable[[Use], None], values: Values) -> None:
         super().__init__(parameters, on_use)
         self._values = values
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _ALIKE:
+            args, kwargs = tree_map_only(
+                Tensor, lambda leaf: leaf if self._owner(leaf) is not None else _wide(leaf), (args, kwargs or {})
+            )
+        return super().__torch_function__(func, types, args, kwargs)
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], uses: Sequence[Use]) -> Any:
         name = getattr(func, "__name__", "")
