@@ -10,6 +10,7 @@ from typing import Any
 from . import (  # noqa: F401  each registers its cases
     compile_overhead,
     compress_memory,
+    compress_resume,
     delta_op,
     fidelity,
     generation,

@@ -63,20 +63,20 @@ _TWO = {"planes": 2}
 # In the order in which they are run: what the rest is compared with comes first.
 METHODS = [
     Method("mean |d| (the paper's start)", "none", _START),
-    Method("closed form", "same", {"quality": "fast"}),
     Method("best", "same", {}),
     Method("best", "none", {}),
-    Method("best", "other", {}),
     Method("best, whole model", "same", {}, tables=True),
-    Method("the paper's distillation", "other", _START, distilled=200),
     Method("best, two planes", "same", _TWO),
-    Method("closed form", "other", {"quality": "fast"}),
-    Method("balanced", "same", {"quality": "balanced"}),
-    Method("best, whole model", "other", {}, tables=True),
-    Method("balanced", "other", {"quality": "balanced"}),
-    Method("best, two planes", "other", _TWO),
+    Method("the paper's distillation", "other", _START, distilled=200),
+    Method("best", "other", {}),
     Method("the paper's distillation", "same", _START, distilled=200),
     Method("best, whole model", "none", {}, tables=True),
+    Method("best, whole model", "other", {}, tables=True),
+    Method("best, two planes", "other", _TWO),
+    Method("closed form", "same", {"quality": "fast"}),
+    Method("closed form", "other", {"quality": "fast"}),
+    Method("balanced", "same", {"quality": "balanced"}),
+    Method("balanced", "other", {"quality": "balanced"}),
 ]
 
 

@@ -28,6 +28,7 @@ class _Matrices:
 
     Attributes:
         encodings, report: of those done.
+        vectors: biases that make up for the mean of what planes lose, by name.
         pending: those that are to be fitted to inputs, and are not yet.
     """
 
@@ -46,6 +47,8 @@ class _Matrices:
         self.report: dict[str, Any] = {}
         self.pending: set[str] = set()
         self.usage: dict[str, Usage] = {}
+        self.vectors: dict[str, Tensor] = {}
+        self._others: dict[str, int] = {}
         self._metric: Metric | None = None
 
     def transposed(self, name: str) -> bool:
@@ -56,7 +59,7 @@ class _Matrices:
 
     def prepare(self, names: set[str], seen: Survey | None) -> None:
         """Settle what needs no fit; the rest is pending if the run reaches it."""
-        self.usage = dict(seen.usage) if seen is not None else {}
+        self.usage, self._others = (dict(seen.usage), dict(seen.others)) if seen is not None else ({}, {})
         for name in sorted(names):
             why = self.usage[name].refused if name in self.usage else None
             found = self._dense(name, why) if why else self._unfitted(name)
@@ -105,8 +108,12 @@ class _Matrices:
             return _rows(tuned, listed, None, transposed), {"rows": listed.numel()}
         return None
 
-    def fit(self, name: str, metric: Metric | None, weight: Tensor | None = None) -> None:
-        """Planes for a matrix, unless they come out too far off or too large; kept in the work folder at once."""
+    def fit(self, name: str, metric: Metric | None, weight: Tensor | None = None, bias: str | None = None) -> None:
+        """Planes for a matrix, unless they come out too far off or too large; kept in the work folder at once.
+
+        Args:
+            bias: the vector that may be changed with it, see `Metric.mean`.
+        """
         planes, rank = self.settings.size(name)
         matrix = DeltaMatrix(self.base[name], self.tuned[name], self.transposed(name))
         done = self.work.load(name) if self.work is not None else None
@@ -120,6 +127,9 @@ class _Matrices:
             if self.work is not None:
                 done = self.work.store(name, done)
         self._settle(name, *self._judge(name, done))
+        if bias is not None and done.lacking is not None and self.encodings[name] is done.sign:
+            tuned = self.tuned[bias].detach()
+            self.vectors[bias] = (tuned.float() + done.lacking.to(tuned.device)).to(tuned.dtype)
 
     def _judge(self, name: str, done: Fitted) -> tuple[Encoding, dict[str, Any]]:
         tuned, settings, grown = self.tuned[name], self.settings, self._grown(name)
@@ -138,9 +148,10 @@ class _Matrices:
     def arrive(self, at: Arrival, shared: Mapping[str, Moments]) -> None:
         """Fit the matrix that the streams stand before."""
         name, settings = at.name, self.settings
+        bias = at.bias if at.bias is not None and self._free(at.bias) else None
         if self.work is not None and self.work.load(name) is not None:
             self._metric = None if at.fresh else self._metric
-            return self.fit(name, None)
+            return self.fit(name, None, bias=bias)
         factor = settings.method == "sequential" or settings.ranked
         weight = None
         if at.looked_up:
@@ -153,10 +164,15 @@ class _Matrices:
             return self.fit(name, measure(moments, factor=factor, extra=extra), weight)
         if at.looked_up:
             return self.fit(name, None, weight)
-        if at.fresh or self._metric is None:
+        centered = bias is not None
+        if at.fresh or self._metric is None or centered != (self._metric.mean is not None):
             self._metric = None
-            self._metric = measure(at.moments(self.features(name)), factor=factor)
-        self.fit(name, self._metric)
+            self._metric = measure(at.moments(self.features(name)), factor=factor, centered=centered)
+        self.fit(name, self._metric, bias=bias)
+
+    def _free(self, bias: str) -> bool:
+        """Whether a bias is stored outright anyway, and nothing but its one product uses it."""
+        return bias in self.changes and not self.changes[bias].equal and self._others.get(bias) == 1
 
     def _balance(self, name: str, moments: Moments) -> float:
         """What to add to H's diagonal so that lookups and products of a tied table count equally, each relative to
@@ -270,7 +286,8 @@ def encode(
         elif name in candidates:
             encodings[name] = matrices.encodings[name]
         else:
-            encodings[name] = Dense(tuple(tensor.shape), tensor.dtype, keep(tensor, copy))
+            kept = matrices.vectors.get(name, tensor)
+            encodings[name] = Dense(tuple(tensor.shape), tensor.dtype, keep(kept, copy))
     return encodings, {name: matrices.report[name] for name in tuned if name in matrices.report}
 
 
@@ -291,7 +308,7 @@ def _fit_to_inputs(
     compressed = None
     if matrices.settings.method == "sequential":
         compressed = FittedValues(matrices.base, matrices.tuned)
-        compressed.encodings = matrices.encodings
+        compressed.encodings, compressed.vectors = matrices.encodings, matrices.vectors
     for at in arrivals(runs, handles, matrices.pending, values, compressed, matrices.refuse):
         matrices.arrive(at, shared)
         shared.pop(at.name, None)

@@ -101,12 +101,14 @@ class Fitted:
         error: of the delta's output: |X (d - found)^T| over |X d^T|; of the delta itself where there was no metric.
         weight_error: |d - found| over |tuned|.
         energy: d H d, per token: the squared output of the delta.
+        lacking: fp32 [N], what the mean output lacks of the tuned model's, where the metric leaves that to a bias.
     """
 
     sign: Sign
     error: float
     weight_error: float
     energy: float
+    lacking: Tensor | None = None
 
 
 def column_means(matrix: DeltaMatrix, planes: int, weight: Tensor | None = None) -> Tensor:
@@ -223,6 +225,10 @@ def fit(
     left = torch.empty(matrix.rows, rank)
     low_rank = LowRank(rank, features, metric, device) if rank else None
     right: Tensor | None = None
+    means_of_x = None
+    if metric is not None and metric.mean is not None and metric.offset is not None:
+        means_of_x = metric.mean[order], metric.offset
+    lacking = None if means_of_x is None else torch.empty(matrix.rows)
     lost = energy = apart = 0.0
     for last in (False, True) if low_rank is not None else (True,):
         if low_rank is not None and last:
@@ -255,6 +261,9 @@ def fit(
                 lost += _cost(rest, metric)
                 energy += _cost(delta.T[order], metric)
                 apart += _cost(rest, None)
+                if means_of_x is not None and lacking is not None:
+                    mean, offset = means_of_x
+                    lacking[rows] = (rest.T @ mean + matrix.rows_of_tuned(rows) @ offset).cpu()
     if right is not None:
         right = torch.empty_like(right).index_copy_(1, order, right)
     sign = Sign(
@@ -267,7 +276,7 @@ def fit(
         None if right is None else right.bfloat16().cpu(),
         matrix.transposed,
     )
-    return Fitted(sign, _ratio(lost, energy), _ratio(apart, matrix.tuned_energy()), energy)
+    return Fitted(sign, _ratio(lost, energy), _ratio(apart, matrix.tuned_energy()), energy, lacking)
 
 
 def _unpack(signs: Tensor, features: int, device: torch.device) -> Tensor:

@@ -16,19 +16,22 @@ DAMPING = 0.01
 
 
 class Moments:
-    """Sums over the inputs of one matrix; fp32 [K, K] each, however many tokens.
+    """Sums over the inputs of one matrix; fp32 [K, K] and fp64 [K], however many tokens.
 
     Attributes:
         tokens: inputs so far.
         gram: sum of x^T x.
         drift: sum of (x' - x)^T x, with x' the input in the tuned model where x is that in the compressed one; None as
             long as no x' was given.
+        total, moved: sums of x and of x' - x.
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.tokens = 0
         self.gram = torch.zeros(features, features, device=device)
         self.drift: Tensor | None = None
+        self.total = torch.zeros(features, dtype=torch.float64, device=device)
+        self.moved = torch.zeros_like(self.total)
 
     def add(self, x: Tensor, tuned: Tensor | None = None) -> None:
         """Add inputs x [t, K], and those of the tuned model in the same places."""
@@ -38,8 +41,19 @@ class Moments:
         for first in range(0, x.shape[0], BLOCK_TOKENS):
             part = x[first : first + BLOCK_TOKENS].float()
             self.gram.addmm_(part.T, part)
+            self.total += part.sum(0, dtype=torch.float64)
             if tuned is not None and self.drift is not None:
-                self.drift.addmm_((tuned[first : first + BLOCK_TOKENS].float() - part).T, part)
+                apart = tuned[first : first + BLOCK_TOKENS].float() - part
+                self.drift.addmm_(apart.T, part)
+                self.moved += apart.sum(0, dtype=torch.float64)
+
+    def center(self) -> tuple[Tensor, Tensor]:
+        """Leave in the products what varies of the inputs; the means of x and of x' - x, fp32 [K]."""
+        mean, moved = (each.div(max(1, self.tokens)).float() for each in (self.total, self.moved))
+        self.gram.addr_(mean, self.total.float(), alpha=-1)
+        if self.drift is not None:
+            self.drift.addr_(moved, self.total.float(), alpha=-1)
+        return mean, moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +67,16 @@ class Metric:
             needs it.
         shift: fp32 [K, K] or None. A weight w that should give in the compressed model what it gives in the tuned one
             is to be w + w @ shift.
+        mean, offset: fp32 [K], where a bias makes up for what errors make of the mean input, else None. For a tuned row
+            w that ends with the error r it is to grow by r @ mean + w @ offset.
     """
 
     h: Tensor
     order: Tensor
     upper: Tensor | None = None
     shift: Tensor | None = None
+    mean: Tensor | None = None
+    offset: Tensor | None = None
 
     @property
     def ordered(self) -> Tensor:
@@ -66,23 +84,27 @@ class Metric:
         return self.h[self.order[:, None], self.order[None, :]]
 
 
-def measure(moments: Moments, *, factor: bool, extra: float = 0.0) -> Metric | None:
+def measure(moments: Moments, *, factor: bool, extra: float = 0.0, centered: bool = False) -> Metric | None:
     """The metric of these inputs, which it uses up; None where there were none, or only zeros.
 
     Args:
         factor: find `upper`, and `shift` where the moments have the drift for it.
         extra: added to H's diagonal: what the weights as such count, beside what they are multiplied with. For tables
             that are also looked up.
+        centered: a bias makes up for what the mean input makes of errors.
     """
+    mean = offset = None
+    if centered:
+        mean, offset = moments.center()
     h = moments.gram.div_(max(1, moments.tokens))
-    mean = float(h.diagonal().mean()) if h.numel() else 0.0
-    if not mean > 0:
+    level = float(h.diagonal().mean()) if h.numel() else 0.0
+    if not level > 0:
         return None
     order = h.diagonal().argsort(descending=True, stable=True)
-    damping = DAMPING * mean + extra
+    damping = DAMPING * level + extra
     h.diagonal().add_(damping)
     if not factor:
-        return Metric(h, order)
+        return Metric(h, order, mean=mean, offset=offset)
     lower, failed = torch.linalg.cholesky_ex(h)
     while int(failed) or not bool(torch.isfinite(lower).all()):  # rounding of sums over very uneven inputs
         h.diagonal().add_(9 * damping)
@@ -99,4 +121,6 @@ def measure(moments: Moments, *, factor: bool, extra: float = 0.0) -> Metric | N
     while int(failed):
         inverse.diagonal().mul_(1.01)
         upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return Metric(h, order, upper, shift)
+    if shift is not None and mean is not None and offset is not None:
+        offset = offset - shift @ mean
+    return Metric(h, order, upper, shift, mean, offset)

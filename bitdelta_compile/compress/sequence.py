@@ -33,6 +33,7 @@ class Arrival:
         self.name = name
         self.fresh = fresh
         self._pairs = pairs
+        self.bias = next((stream.use.bias for _, stream in pairs if stream.use is not None), None)
         self.looked_up = any(stream.use is not None and stream.use.kind == "embedding" for _, stream in pairs)
 
     def ids(self) -> Tensor:

@@ -69,6 +69,9 @@ class Values(Protocol):
     def rows(self, name: str, ids: Tensor) -> Tensor | None:
         """Looked-up rows, fp32 [*ids, K]; None: the parameter's."""
 
+    def vector(self, name: str) -> Tensor | None:
+        """A bias, fp32 [N]; None: the parameter itself."""
+
 
 class Ended(BaseException):
     """Unwinds a run of which nothing more is wanted."""
@@ -102,6 +105,7 @@ class Substitution(UseRecorder):
                 found = self._values.rows(use.name, use.operand)
                 return _wide(func(*args, **kwargs)) if found is None else found
         replaced = {use.name: self._values.matrix(use.name) for use in uses}
+        replaced |= {use.bias: self._values.vector(use.bias) for use in uses if use.bias is not None}
 
         def value(leaf: Tensor) -> Tensor:
             owner = self._owner(leaf)

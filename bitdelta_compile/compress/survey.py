@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -45,22 +46,26 @@ class Survey:
     Attributes:
         usage: by name; matrices that the run did not reach are missing.
         last: the matrix used last, None where there was none.
+        others: how many operations used a parameter in another way, by its name; adding a bias is one.
     """
 
     usage: Mapping[str, Usage]
     last: str | None
+    others: Mapping[str, int]
 
 
 def survey(run: Run, handles: Mapping[str, Tensor], names: set[str], values: Values) -> Survey:
     """Run the model once and watch its uses of `names`."""
     usage: dict[str, Usage] = {}
     order: list[str] = []
+    others: Counter[str] = Counter()
 
     def on_use(use: Use) -> None:
+        others[use.name] += use.kind == "other"
         if use.name in names:
             usage.setdefault(use.name, Usage()).add(use)
             order.append(use.name)
 
     with torch.no_grad(), Substitution(handles, on_use, values):
         run.call()
-    return Survey(usage, order[-1] if order else None)
+    return Survey(usage, order[-1] if order else None, others)

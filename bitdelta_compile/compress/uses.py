@@ -29,6 +29,7 @@ class Use:
         operand: `linear`: x [*, K]; `embedding`: the ids [*]; `other`: None.
         transposed: the parameter is stored [K, N], the product contracts its first dimension.
         op: the name of the torch function.
+        bias: the parameter that the operation adds to the product, None where there is none.
     """
 
     name: str
@@ -36,15 +37,18 @@ class Use:
     operand: Tensor | None
     transposed: bool
     op: str
+    bias: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """A candidate matrix product: `weight` is seen by the op as [N, K] (`rows_first`) or as [K, N]; x is [*, K]."""
+    """A candidate matrix product: `weight` is seen by the op as [N, K] (`rows_first`) or as [K, N]; x is [*, K]; `bias`
+    is added to it."""
 
     weight: Any
     x: Any
     rows_first: bool
+    bias: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,7 @@ _Reading = list[_Product | _Lookup]
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> _Reading:
-    return [_Product(weight, input, rows_first=True)]
+    return [_Product(weight, input, rows_first=True, bias=bias)]
 
 
 def _matmul(input: Any, other: Any, /) -> _Reading:
@@ -67,7 +71,7 @@ def _matmul(input: Any, other: Any, /) -> _Reading:
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> _Reading:
-    return [_Product(mat2, mat1, rows_first=False)] if beta == 1 and alpha == 1 else []
+    return [_Product(mat2, mat1, rows_first=False, bias=input)] if beta == 1 and alpha == 1 else []
 
 
 def _functional_embedding(
@@ -163,6 +167,11 @@ class UseRecorder(TorchFunctionMode):
             return "transposed"
         return None
 
+    def _vector(self, value: Any) -> str | None:
+        """The parameter that `value` is, where it is a vector."""
+        owner = self._owner(value)
+        return owner[0] if owner is not None and owner[1].dim() == 1 and value.shape == owner[1].shape else None
+
     def _read(self, name: str, readings: Iterable[_Product | _Lookup], op: str) -> Use | None:
         for reading in readings:
             view = self._whole(reading.weight, name)
@@ -172,7 +181,8 @@ class UseRecorder(TorchFunctionMode):
                 if view == "as stored":
                     return Use(name, "embedding", reading.ids, False, op)
             elif self._owner(reading.x) is None:
-                return Use(name, "linear", reading.x, reading.rows_first != (view == "as stored"), op)
+                transposed = reading.rows_first != (view == "as stored")
+                return Use(name, "linear", reading.x, transposed, op, self._vector(reading.bias))
         return None
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], uses: Sequence[Use]) -> Any:

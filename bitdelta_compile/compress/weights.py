@@ -28,6 +28,9 @@ class TunedValues:
     def rows(self, name: str, ids: Tensor) -> Tensor | None:
         return None
 
+    def vector(self, name: str) -> Tensor | None:
+        return None
+
     def forget(self) -> None:
         """Let go of converted copies: the streams have moved on."""
         self._wide.clear()
@@ -37,7 +40,7 @@ class FittedValues:
     """Base + delta where a matrix is fitted, the tuned parameter elsewhere.
 
     Attributes:
-        encodings: what is fitted, by name; to be filled by the caller.
+        encodings, vectors: what is fitted, by name; to be filled by the caller.
     """
 
     def __init__(self, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
@@ -45,6 +48,7 @@ class FittedValues:
         self._others = TunedValues(tuned)
         self._dense: dict[str, Tensor] = {}
         self.encodings: dict[str, Encoding] = {}
+        self.vectors: dict[str, Tensor] = {}
 
     def matrix(self, name: str) -> Tensor | None:
         encoding = self.encodings.get(name)
@@ -54,6 +58,10 @@ class FittedValues:
             tuned = self._tuned[name]
             self._dense[name] = encoding.apply(self._base[name].detach()).to(tuned.device, torch.float32)
         return self._dense[name]
+
+    def vector(self, name: str) -> Tensor | None:
+        found = self.vectors.get(name)
+        return None if found is None else found.float()
 
     def rows(self, name: str, ids: Tensor) -> Tensor | None:
         encoding = self.encodings.get(name)

@@ -61,8 +61,9 @@ class WorkDir:
             fields = map_tensors(path, header)
             about = json.loads(header.metadata["fitted"])
             dtype = getattr(torch, about["dtype"])
+            lacking = fields.pop("lacking", None)
             sign = Sign(tuple(about["shape"]), dtype, **fields, transposed=about["transposed"])
-            return Fitted(sign, *about["figures"])
+            return Fitted(sign, *about["figures"], lacking)
         except (FormatError, KeyError, TypeError, ValueError) as error:
             raise UnsupportedError(f"{path} is damaged ({error}): delete it, and the matrix is fitted again") from None
 
@@ -76,7 +77,8 @@ class WorkDir:
             "transposed": sign.transposed,
             "figures": [fitted.error, fitted.weight_error, fitted.energy],
         }
-        write_tensors(self._path(name), sign.tensors(), {"fitted": json.dumps(about)})
+        tensors = sign.tensors() | ({} if fitted.lacking is None else {"lacking": fitted.lacking})
+        write_tensors(self._path(name), tensors, {"fitted": json.dumps(about)})
         found = self.load(name)
         assert found is not None
         return found
