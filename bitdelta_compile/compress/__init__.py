@@ -82,7 +82,7 @@ def compress(
     """
     settings = _settings(quality, method, planes, rank, allocation)
     recipe = RECIPES[quality]
-    drawn = recipe.sampled_tokens if tokens is None else tokens
+    drawn = recipe.random_tokens if tokens is None else tokens
     tokens = recipe.tokens if tokens is None else tokens
     check_amount(tokens, seed)
     for module in (base, tuned):
@@ -117,11 +117,11 @@ def compress(
         Path(work_dir).mkdir(parents=True, exist_ok=True)
     keep = None if work_dir is None else Path(work_dir)
     workload = prepare(
-        tuned, theirs, calibration, settings.method, tokens=tokens, sampled_tokens=drawn, seed=seed,
+        tuned, theirs, calibration, settings.method, tokens=tokens, random_tokens=drawn, seed=seed,
         temperature=temperature, keep=keep, progress=progress,
     )  # fmt: skip
     options |= {"method": settings.method, "calibration": workload.data}
-    options["tokens"] = drawn if workload.data == "sampled" else tokens
+    options["tokens"] = drawn if workload.data == "random" else tokens
 
     def make(settings: Settings, folder: Path | None) -> Delta:
         encodings, figures = encode(

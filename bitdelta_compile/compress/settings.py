@@ -105,18 +105,18 @@ class Recipe:
     Attributes:
         method, passes, sweeps: as in `Settings`.
         tokens: of calibration, where the caller names no number.
-        sampled_tokens: the same where the tuned model is to write them first, which takes longer than using them.
+        random_tokens: the same where they are random: it takes more of them.
     """
 
     method: Method
     passes: int
     sweeps: int
     tokens: int
-    sampled_tokens: int
+    random_tokens: int
 
 
 RECIPES: Mapping[Quality, Recipe] = {
     "fast": Recipe("closed_form", 0, 0, 2048, 2048),  # one pass, one product: seconds for 100 M weights
-    "balanced": Recipe("sequential", 1, 0, 8192, 4096),  # two passes, five products
-    "best": Recipe("sequential", 2, 2, 16384, 8192),  # two passes, eleven products
+    "balanced": Recipe("sequential", 1, 0, 4096, 8192),  # two passes, five products
+    "best": Recipe("sequential", 2, 2, 8192, 16384),  # two passes, eleven products
 }

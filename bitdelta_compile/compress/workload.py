@@ -130,7 +130,7 @@ def prepare(
     method: Method,
     *,
     tokens: int,
-    sampled_tokens: int,
+    random_tokens: int,
     seed: int,
     temperature: float,
     keep: Path | None,
@@ -139,7 +139,7 @@ def prepare(
     """The runs that show `encode` how `source` uses its parameters and what inputs they meet.
 
     Args:
-        tokens, sampled_tokens: how many, and how many where the model writes them first.
+        tokens, random_tokens: how many, and how many where they are random.
         keep: where sampled tokens are kept, so that they are drawn once.
 
     Raises:
@@ -180,11 +180,11 @@ def prepare(
         batches, data = calibrate.make_batches(model, calibration, tokenizer, tokens=tokens)
     elif can_write(model):
         theirs = Fingerprint.of(checkpoint, checkpoint.names()).digest
-        drawn = _sampled(model, theirs, tokenizer, keep, sampled_tokens, seed, temperature, progress)
+        drawn = _sampled(model, theirs, tokenizer, keep, tokens, seed, temperature, progress)
         batches, data = drawn, "sampled"
     else:
         device = calibrate.device_of(model)
-        batches, data = calibrate.random_tokens(model, tokens, seed, device), "random"
+        batches, data = calibrate.random_tokens(model, random_tokens, seed, device), "random"
     return Workload(calibrate.model_runs(model, batches), handles, data, _digest(batches), model)
 
 
