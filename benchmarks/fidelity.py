@@ -108,7 +108,7 @@ def pairs(run: Run) -> list[Pair]:
         return found[:1]
     others: dict[finetune.Domain, finetune.Domain] = {"jargon": "python", "fortunes": "python", "cipher": "jargon"}
     for name, made in finetune.pairs(run.cache, others).items():
-        texts = finetune.texts(run.cache, made.domain, "evaluation")[:48]
+        texts = finetune.texts(run.cache, made.domain, "evaluation")[:24]
         found.append(Pair(name, made.base, made.tuned, texts, made.domain, others[made.domain]))
     return found
 
