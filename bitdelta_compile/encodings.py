@@ -68,7 +68,7 @@ class Dense(Encoding):
     """The tuned parameter itself.
 
     Attributes:
-        value: the tuned parameter in its own dtype, [shape].
+        value: the tuned parameter in its own dtype, [shape]; of a bias, changed by what planes make of the mean input.
     """
 
     kind = "dense"

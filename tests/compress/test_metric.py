@@ -84,3 +84,17 @@ def test_the_weight_of_rows_as_such_is_added():
     x = inputs()
     plain, extra = (measure(moments(x), factor=False, extra=value).h for value in (0.0, 3.0))
     torch.testing.assert_close(extra - plain, 3 * torch.eye(12))
+
+
+def test_centered_inputs_leave_their_mean_to_a_bias():
+    torch.manual_seed(1)
+    x, w = inputs(tokens=400) + torch.randn(12), torch.randn(5, 12)
+    tuned = x + 0.05 * torch.randn(400, 12) + 0.3
+    found = measure(moments(x, tuned), factor=True, centered=True)
+    torch.testing.assert_close(found.h.double(), damped(x - x.mean(0)), rtol=1e-3, atol=1e-4)
+    drift = (tuned - x - (tuned - x).mean(0)).double().T @ (x - x.mean(0)).double() / 400
+    torch.testing.assert_close(found.shift.double(), drift @ damped(x - x.mean(0)).inverse(), rtol=1e-2, atol=1e-3)
+    error = 0.1 * torch.randn(5, 12)
+    kept = w + w @ found.shift - error  # what planes make of the target
+    lacking = error @ found.mean + w @ found.offset
+    torch.testing.assert_close((tuned @ w.T).mean(0), (x @ kept.T + lacking).mean(0), rtol=1e-4, atol=1e-4)

@@ -108,7 +108,7 @@ def test_the_result_is_the_same_each_time():
     one, other = (encode(base, tuned, runs, Settings(method="sequential", planes=2, rank=2))[0] for _ in range(2))
     for name, encoding in one.items():
         for field, value in encoding.tensors().items():
-            assert torch.equal(value, other[name].tensors()[field])
+            assert torch.equal(value, other[name].values()[field])
 
 
 def test_masked_tokens_do_not_count():
@@ -156,3 +156,44 @@ def test_questions_about_narrow_parameters_are_answered_in_fp32():
         assert layer(torch.randn(2, K)).dtype == torch.float32
         assert layer.weight.shape == (K, K)
     assert layer.weight.dtype == torch.bfloat16
+
+
+def biased(changed=True):
+    """Base and tuned weights and biases of two layers, and a run of them on inputs that are far from centred."""
+    base, tuned = weights(2, step=0.3)
+    for name in ("b0", "b1"):
+        base[name] = torch.randn(K)
+        tuned[name] = base[name] + (0.1 * torch.randn(K) if changed else 0)
+
+    def outputs(of):
+        x = 2 + torch.randn(200, K, generator=torch.Generator().manual_seed(3))
+        return F.linear(F.linear(x, of["w0"], of["b0"]).tanh(), of["w1"], of["b1"])
+
+    return base, tuned, outputs
+
+
+@pytest.mark.parametrize("method", ["sequential", "closed_form"])
+def test_stored_biases_make_up_for_the_mean(method):
+    base, tuned, outputs = biased()
+    found, _ = encode(base, tuned, lambda: outputs(tuned), Settings(method))
+    assert found["b1"].kind == "dense"
+    kept = {name: encoding.apply(base[name]) for name, encoding in found.items()}
+    without = {**kept, "b0": tuned["b0"], "b1": tuned["b1"]}
+    wanted = outputs(tuned).mean(0)
+    lost, lost_without = ((outputs(each).mean(0) - wanted).norm() for each in (kept, without))
+    assert lost < 0.2 * lost_without
+    if method == "sequential":
+        assert lost < 1e-4 * wanted.norm()
+
+
+def test_biases_that_are_the_bases_stay_so():
+    base, tuned, outputs = biased(changed=False)
+    found, _ = encode(base, tuned, lambda: outputs(tuned), Settings("sequential"))
+    assert found["b0"].kind == found["b1"].kind == "same"
+
+
+def test_a_bias_with_another_use_is_left_alone():
+    base, tuned, outputs = biased()
+    found, _ = encode(base, tuned, lambda: outputs(tuned) * tuned["b1"], Settings("sequential"))
+    assert torch.equal(found["b1"].value, tuned["b1"])
+    assert not torch.equal(found["b0"].value, tuned["b0"])

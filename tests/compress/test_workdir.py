@@ -24,8 +24,10 @@ def saved(pair, folder: Path, name: str, **options) -> bytes:
     return (folder / name).read_bytes()
 
 
-def test_an_interrupted_run_goes_on_where_it_was(llama_pair, tmp_path):
-    expected = saved(llama_pair, tmp_path, "whole")
+@pytest.mark.parametrize("name", ["llama_pair", "bert_pair"])  # the second has biases that are fitted too
+def test_an_interrupted_run_goes_on_where_it_was(name, request, tmp_path):
+    pair = request.getfixturevalue(name)
+    expected = saved(pair, tmp_path, "whole")
     fitted = []
 
     def stop_at(step):
@@ -39,13 +41,13 @@ def test_an_interrupted_run_goes_on_where_it_was(llama_pair, tmp_path):
     work = tmp_path / "work"
     for step in (3, 4, 9):
         with pytest.raises(Interrupted):
-            saved(llama_pair, tmp_path, "part", work_dir=work, progress=stop_at(step))
+            saved(pair, tmp_path, "part", work_dir=work, progress=stop_at(step))
     stored = {path.name: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
     assert len(stored) >= 8
-    assert saved(llama_pair, tmp_path, "resumed", work_dir=work) == expected
+    assert saved(pair, tmp_path, "resumed", work_dir=work) == expected
     after = {path.name: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
     assert stored.items() <= after.items()
-    assert saved(llama_pair, tmp_path, "again", work_dir=work) == expected
+    assert saved(pair, tmp_path, "again", work_dir=work) == expected
 
 
 RUN = """
