@@ -108,7 +108,7 @@ def test_the_result_is_the_same_each_time():
     one, other = (encode(base, tuned, runs, Settings(method="sequential", planes=2, rank=2))[0] for _ in range(2))
     for name, encoding in one.items():
         for field, value in encoding.tensors().items():
-            assert torch.equal(value, other[name].values()[field])
+            assert torch.equal(value, other[name].tensors()[field])
 
 
 def test_masked_tokens_do_not_count():
