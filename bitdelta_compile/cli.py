@@ -132,6 +132,9 @@ def compress(
         Path | None,
         typer.Option("--work-dir", help="Keeps every fitted matrix: the call, repeated, goes on from there."),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute, cuda for example; weights go there one at a time.")
+    ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -161,6 +164,7 @@ def compress(
             bits=bits,
             max_bytes=max_bytes,
             work_dir=work_dir,
+            device=device,
             progress=report,
         )
         if distill:

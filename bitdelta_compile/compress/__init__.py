@@ -47,6 +47,7 @@ def compress(
     bits: float | None = None,
     max_bytes: int | None = None,
     work_dir: str | Path | None = None,
+    device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Delta:
     """Compress `tuned` to a delta against `base`.
@@ -68,6 +69,8 @@ def compress(
             then decided by what its delta does to the model's outputs, instead of by planes, rank and allocation.
         work_dir: a folder in which every fitted matrix is kept: an interrupted call, repeated, goes on from there and
             gives the same file.
+        device: where the models compute and matrices are fitted, by default where the tuned model is. Weights are put
+            there one at a time, from wherever they are: models may be larger than its memory.
         progress: called with (stage, done, total), the stages being `sample` (tokens) and `fit` (matrices).
 
     Returns:
@@ -85,6 +88,7 @@ def compress(
     drawn = recipe.random_tokens if tokens is None else tokens
     tokens = recipe.tokens if tokens is None else tokens
     check_amount(tokens, seed)
+    place = _place(device)
     for module in (base, tuned):
         if isinstance(module, nn.Module):
             released.refuse(module.named_parameters())
@@ -113,12 +117,13 @@ def compress(
     options: dict[str, Any] = {"quality": quality, "planes": planes, "rank": rank, "tokens": tokens, "seed": seed}
     options |= {"temperature": temperature, "threads": torch.get_num_threads()}
     options |= {} if room is None else {"max_bytes": room}
+    options |= {} if place is None else {"device": place.type}
     if work_dir is not None:
         Path(work_dir).mkdir(parents=True, exist_ok=True)
     keep = None if work_dir is None else Path(work_dir)
     workload = prepare(
         tuned, theirs, calibration, settings.method, tokens=tokens, random_tokens=drawn, seed=seed,
-        temperature=temperature, keep=keep, progress=progress,
+        temperature=temperature, keep=keep, progress=progress, device=place,
     )  # fmt: skip
     options |= {"method": settings.method, "calibration": workload.data}
     options["tokens"] = drawn if workload.data == "random" else tokens
@@ -130,6 +135,7 @@ def compress(
             workload.runs,
             settings,
             handles=workload.handles,
+            device=place,
             copy=isinstance(tuned, nn.Module),
             checked=True,
             work=None if folder is None else WorkDir(folder, _task(ours, theirs, options, settings, workload)),
@@ -149,6 +155,20 @@ def compress(
     if all(encoding.kind == "same" for encoding in delta.encodings.values()):
         log.warning("%s equals its base %s: the delta changes nothing", theirs.source, ours.source)
     return delta
+
+
+def _place(device: torch.device | str | None) -> torch.device | None:
+    """A device that tensors can be on.
+
+    Raises:
+        UnsupportedError: there is none of that name here.
+    """
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UnsupportedError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]})") from None
 
 
 def _check_ties(ours: Checkpoint, theirs: Checkpoint) -> None:

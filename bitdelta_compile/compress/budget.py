@@ -127,15 +127,15 @@ def sensitivities(
     run = workload.runs[0]
 
     def outputs(values: FittedValues) -> Tensor:
-        with Substitution(workload.handles, lambda use: None, values):
+        with Substitution(workload.handles, lambda use: values.forget(), values):
             return _rows(run.call(), run)
 
-    expected = outputs(FittedValues(base, tuned))
+    expected = outputs(FittedValues(base, tuned, workload.device))
     found: dict[str, float] = {}
     for done, name in enumerate(names):
         if progress is not None:
             progress("measure", done, len(names))
-        without = FittedValues(base, tuned)
+        without = FittedValues(base, tuned, workload.device)
         without.encodings = {name: Same(tuple(tuned[name].shape), tuned[name].dtype)}
         found[name] = _moved(expected, outputs(without))
     if progress is not None:

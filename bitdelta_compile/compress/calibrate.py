@@ -166,14 +166,39 @@ def check_amount(tokens: int, seed: int) -> None:
 
 
 def make_batches(
-    model: nn.Module, calibration: Iterable[Any] | str, tokenizer: Callable[[], Any], *, tokens: int
+    model: nn.Module,
+    calibration: Iterable[Any] | str,
+    tokenizer: Callable[[], Any],
+    *,
+    tokens: int,
+    device: torch.device | None = None,
 ) -> tuple[list[Batch], Literal["texts", "batches"]]:
-    """Batches for `model` from what the caller gave, and what that was; `tokenizer` is called only for texts."""
-    device = device_of(model)
+    """Batches for `model` from what the caller gave, and what that was; `tokenizer` is called only for texts.
+
+    Args:
+        device: of the batches, by default the model's.
+    """
+    device = device or device_of(model)
     items: list[Any] = [calibration] if isinstance(calibration, str) else list(calibration)
     if items and all(isinstance(item, str | list) for item in items):
         return text_batches(model, items, tokenizer(), tokens, device), "texts"
     return given_batches(items, device), "batches"
+
+
+@contextlib.contextmanager
+def buffers_on(model: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """The model's buffers on a device, and where they were afterwards; None leaves them."""
+    moved = []
+    try:
+        for module in model.modules() if device is not None else ():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta and buffer.device != device:
+                    moved.append((module, name, buffer))
+                    module._buffers[name] = buffer.to(device)
+        yield
+    finally:
+        for module, name, buffer in moved:
+            module._buffers[name] = buffer
 
 
 @contextlib.contextmanager

@@ -40,9 +40,10 @@ class _Matrices:
         settings: Settings,
         copy: bool,
         work: WorkDir | None,
+        device: torch.device | None,
     ) -> None:
         self.base, self.tuned, self.changes, self.settings = base, tuned, changes, settings
-        self.copy, self.work = copy, work
+        self.copy, self.work, self.device = copy, work, device
         self.encodings: dict[str, Encoding] = {}
         self.report: dict[str, Any] = {}
         self.pending: set[str] = set()
@@ -53,6 +54,9 @@ class _Matrices:
 
     def transposed(self, name: str) -> bool:
         return bool(self.usage[name].transposed) if name in self.usage else False
+
+    def _matrix(self, name: str) -> DeltaMatrix:
+        return DeltaMatrix(self.base[name], self.tuned[name], self.transposed(name), self.device)
 
     def features(self, name: str) -> int:
         return self.tuned[name].shape[0 if self.transposed(name) else 1]
@@ -115,7 +119,7 @@ class _Matrices:
             bias: the vector that may be changed with it, see `Metric.mean`.
         """
         planes, rank = self.settings.size(name)
-        matrix = DeltaMatrix(self.base[name], self.tuned[name], self.transposed(name))
+        matrix = self._matrix(name)
         done = self.work.load(name) if self.work is not None else None
         if done is None:
             done = fit(matrix, metric, self.settings, planes=planes, rank=rank, weight=weight)
@@ -156,7 +160,7 @@ class _Matrices:
         weight = None
         if at.looked_up:
             weight = torch.bincount(at.ids(), minlength=self.base[name].shape[0])[: self.base[name].shape[0]].float()
-            weight = (weight + 1).to(self.tuned[name].device)
+            weight = (weight + 1).to(self.device or self.tuned[name].device)
         if name in shared:
             moments = shared[name]
             extra = self._balance(name, moments) if self.usage[name].looked_up else 0.0
@@ -177,7 +181,7 @@ class _Matrices:
     def _balance(self, name: str, moments: Moments) -> float:
         """What to add to H's diagonal so that lookups and products of a tied table count equally, each relative to
         its own energy."""
-        matrix = DeltaMatrix(self.base[name], self.tuned[name], self.transposed(name))
+        matrix = self._matrix(name)
         multiplied = looked_up = 0.0
         for _, block in matrix.blocks():
             multiplied += float(((block @ moments.gram) * block).sum(dtype=torch.float64)) / max(1, moments.tokens)
@@ -212,6 +216,7 @@ def encode(
     settings: Settings,
     *,
     handles: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
     copy: bool = True,
     checked: bool = False,
     work: WorkDir | None = None,
@@ -235,6 +240,8 @@ def encode(
         settings: see `Settings`.
         handles: the tensors that runs use, by the same names, where they are not `tuned` itself (a model on the meta
             device).
+        device: where matrices are fitted and runs compute, weights being put there for as long as they are used; None:
+            where the tuned tensors are. Runs bring their own inputs there.
         copy: dense values are copied; False where `tuned` is mapped from a file that stays.
         checked: `check_values` has been called.
         work: where each fitted matrix is kept, so that an interrupted run goes on from there.
@@ -262,8 +269,8 @@ def encode(
         and tuned[name].numel() >= settings.min_elements
         and base[name].numel() > 0
     }
-    matrices = _Matrices(base, tuned, changes, settings, copy, work)
-    values = TunedValues(tuned)
+    matrices = _Matrices(base, tuned, changes, settings, copy, work, device)
+    values = TunedValues(tuned, device)
     seen = survey(runs[0], handles, candidates, values) if runs and candidates else None
     values.forget()
     matrices.prepare(candidates, seen)
@@ -307,7 +314,7 @@ def _fit_to_inputs(
     shared = collect(runs, handles, values, several, seen)
     compressed = None
     if matrices.settings.method == "sequential":
-        compressed = FittedValues(matrices.base, matrices.tuned)
+        compressed = FittedValues(matrices.base, matrices.tuned, matrices.device)
         compressed.encodings, compressed.vectors = matrices.encodings, matrices.vectors
     for at in arrivals(runs, handles, matrices.pending, values, compressed, matrices.refuse):
         matrices.arrive(at, shared)

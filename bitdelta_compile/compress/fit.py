@@ -33,11 +33,17 @@ class DeltaMatrix:
         base, tuned: the parameter as both models store it, [N, K], or [K, N] when `transposed`; row counts N may
             differ.
         transposed: both are stored [K, N].
+        device: where it is fitted; None: where `tuned` is.
     """
 
     base: Tensor
     tuned: Tensor
     transposed: bool = False
+    device: torch.device | None = None
+
+    @property
+    def place(self) -> torch.device:
+        return self.device or self.tuned.device
 
     @property
     def rows(self) -> int:
@@ -59,14 +65,15 @@ class DeltaMatrix:
         for first in range(0, self.rows, height):
             ours = base[first : first + height]
             theirs = tuned[first : first + ours.shape[0]]
-            block = torch.zeros(ours.shape, dtype=torch.float32, device=tuned.device)
-            torch.sub(theirs.float(), ours[: theirs.shape[0]].float().to(tuned.device), out=block[: theirs.shape[0]])
+            block = torch.zeros(ours.shape, dtype=torch.float32, device=self.place)
+            ours = ours[: theirs.shape[0]].to(self.place)
+            torch.sub(theirs.to(self.place).float(), ours.float(), out=block[: theirs.shape[0]])
             yield first, block
 
     def rows_of_tuned(self, rows: slice) -> Tensor:
         """The tuned matrix, fp32 [n, K]; rows that it lacks are zero."""
         tuned = self.tuned.detach().T if self.transposed else self.tuned.detach()
-        found = tuned[rows].float()
+        found = tuned[rows].to(self.place).float()
         return torch.nn.functional.pad(found, (0, 0, 0, rows.stop - rows.start - found.shape[0]))
 
     def tuned_energy(self) -> float:
@@ -117,9 +124,9 @@ def column_means(matrix: DeltaMatrix, planes: int, weight: Tensor | None = None)
     Args:
         weight: fp32 [N] or None: how much each row counts.
     """
-    found = torch.empty(0, matrix.features, device=matrix.tuned.device)
+    found = torch.empty(0, matrix.features, device=matrix.place)
     for plane in range(planes):
-        total = torch.zeros(matrix.features, dtype=torch.float64, device=matrix.tuned.device)
+        total = torch.zeros(matrix.features, dtype=torch.float64, device=matrix.place)
         for first, block in matrix.blocks():
             rest = block.T.contiguous()
             for before in range(plane):
@@ -211,7 +218,7 @@ def fit(
         metric: what errors cost; None: every weight counts alike.
         weight: fp32 [N] or None: how much each row counts for the column scales.
     """
-    device, features = matrix.tuned.device, matrix.features
+    device, features = matrix.place, matrix.features
     columns = column_means(matrix, planes, weight) if settings.scales_columns else None
     means = plane_means(matrix, planes) if settings.method == "mean_abs" else None
     order = torch.arange(features, device=device) if metric is None else metric.order

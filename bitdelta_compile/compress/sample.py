@@ -30,6 +30,7 @@ def sample(
     longest: int,
     temperature: float = 1.0,
     seed: int = 0,
+    device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> list[Tensor]:
     """Sequences that the model writes, in all at least `tokens` tokens.
@@ -39,6 +40,7 @@ def sample(
         starts: token ids to start from, taken in turn, with an equal share of the sequences each; one batch each.
         longest: tokens that a sequence may have, its start included.
         temperature: of the softmax that is drawn from.
+        device: of the model's inputs, by default that of its parameters.
         progress: called with ("sample", done, total), counting tokens.
 
     Returns:
@@ -48,7 +50,7 @@ def sample(
         CalibrationError: the model gives logits that are not finite, or none.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     starts = [start for start in starts if len(start) < longest] or [starts[0][:1]]
     length = max(1, min(LENGTH, longest - max(map(len, starts)), tokens))
     height = -(-tokens // (length * len(starts)))

@@ -4,8 +4,8 @@ A stream is one run on one batch, in a thread of its own; threads never run at t
 that need nothing of the model's code. The order in which streams stop is the model's own order of execution, whatever
 its architecture, and what a stopped stream holds is what the model holds at that point: no layer is run twice.
 
-Nothing of the model is changed: a function mode puts other values in the place of its parameters, in fp32, while an
-operation runs.
+Nothing of the model is changed: a function mode puts other values in the place of its parameters, in fp32 and on the
+device that computes, while an operation runs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,13 @@ class Run:
 
 
 class Values(Protocol):
-    """What a stream computes with in the place of parameters."""
+    """What a stream computes with in the place of parameters.
+
+    Attributes:
+        device: where it computes, None where the parameters are.
+    """
+
+    device: torch.device | None
 
     def matrix(self, name: str) -> Tensor | None:
         """fp32, as stored; None: the parameter itself."""
@@ -97,6 +103,8 @@ class Substitution(UseRecorder):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             found = func(*args, **kwargs)
+            if isinstance(found, torch.device):
+                return self._values.device or found
             return torch.float32 if isinstance(found, torch.dtype) and found in _NARROW else found
         if name in _VIEWS:
             return func(*args, **kwargs)
@@ -113,7 +121,7 @@ class Substitution(UseRecorder):
                 return leaf
             other = replaced.get(owner[0])
             if other is None:
-                return _wide(leaf)
+                return _wide(leaf if self._values.device is None else leaf.to(self._values.device))
             return other if self._whole(leaf, owner[0]) == "as stored" else other.T
 
         return func(*tree_map_only(Tensor, value, args), **tree_map_only(Tensor, value, kwargs))

@@ -11,22 +11,32 @@ from ..encodings import Dense, Encoding, Rows, Same, Sign
 
 
 class TunedValues:
-    """The tuned model's own parameters, in fp32."""
+    """The tuned model's own parameters, in fp32.
 
-    def __init__(self, tuned: Mapping[str, Tensor]) -> None:
-        self._tuned = tuned
+    Args:
+        device: where they are put while an operation uses them; None leaves them where they are.
+    """
+
+    def __init__(self, tuned: Mapping[str, Tensor], device: torch.device | None = None) -> None:
+        self._tuned, self.device = tuned, device
         self._wide: dict[str, Tensor] = {}
 
     def matrix(self, name: str) -> Tensor | None:
         stored = self._tuned.get(name)
-        if stored is None or stored.is_meta or stored.dtype == torch.float32:
+        if stored is None or stored.is_meta or (stored.dtype == torch.float32 and not self._away(stored)):
             return None
         if name not in self._wide:
-            self._wide[name] = stored.detach().float()
+            self._wide[name] = stored.detach().to(self.device or stored.device).float()
         return self._wide[name]
 
+    def _away(self, stored: Tensor) -> bool:
+        return self.device is not None and stored.device != self.device
+
     def rows(self, name: str, ids: Tensor) -> Tensor | None:
-        return None
+        stored = self._tuned.get(name)
+        if stored is None or stored.is_meta or not self._away(stored):
+            return None
+        return stored.detach()[ids.to(stored.device)].to(self.device).float()
 
     def vector(self, name: str) -> Tensor | None:
         return None
@@ -41,11 +51,16 @@ class FittedValues:
 
     Attributes:
         encodings, vectors: what is fitted, by name; to be filled by the caller.
+
+    Args:
+        device: as in `TunedValues`.
     """
 
-    def __init__(self, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
-        self._base, self._tuned = base, tuned
-        self._others = TunedValues(tuned)
+    def __init__(
+        self, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], device: torch.device | None = None
+    ) -> None:
+        self._base, self._tuned, self.device = base, tuned, device
+        self._others = TunedValues(tuned, device)
         self._dense: dict[str, Tensor] = {}
         self.encodings: dict[str, Encoding] = {}
         self.vectors: dict[str, Tensor] = {}
@@ -55,20 +70,21 @@ class FittedValues:
         if encoding is None or isinstance(encoding, Dense):
             return self._others.matrix(name)
         if name not in self._dense:
-            tuned = self._tuned[name]
-            self._dense[name] = encoding.apply(self._base[name].detach()).to(tuned.device, torch.float32)
+            place = self.device or self._tuned[name].device
+            self._dense[name] = encoding.apply(self._base[name].detach()).to(place, torch.float32)
         return self._dense[name]
 
     def vector(self, name: str) -> Tensor | None:
         found = self.vectors.get(name)
-        return None if found is None else found.float()
+        return None if found is None else found.to(self.device or found.device).float()
 
     def rows(self, name: str, ids: Tensor) -> Tensor | None:
         encoding = self.encodings.get(name)
         if encoding is None or isinstance(encoding, Dense):
-            return None
+            return self._others.rows(name, ids)
         unique, place = ids.unique(return_inverse=True)
-        found = self._tuned[name].detach()[unique].float()
+        stored = self._tuned[name].detach()
+        found = stored[unique.to(stored.device)].to(self.device or stored.device).float()
         sign = encoding.over if isinstance(encoding, Rows) else encoding
         if isinstance(sign, Sign | Same):
             listed = encoding.index if isinstance(encoding, Rows) else unique.new_zeros(0)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from . import calibrate
 from .loading import mapped_model
 from .sample import can_write, first_tokens, sample
 from .settings import Method
-from .streams import Run
+from .streams import Run, Substitution
+from .weights import TunedValues
 from .workdir import SAMPLED
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Workload:
         data: what the batches are: `texts`, `batches`, `sampled`, `random`, or `none`.
         digest: of the batches' values.
         model: the module that runs, None where there is none.
+        device: where it computes; None: where its parameters are.
     """
 
     runs: Sequence[Run]
@@ -51,10 +53,16 @@ class Workload:
     data: Data = "none"
     digest: str = ""
     model: nn.Module | None = None
+    device: torch.device | None = None
 
-    def evaluation(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
         """To run in: no dropout, no gradients."""
-        return contextlib.nullcontext() if self.model is None else calibrate.evaluation(self.model)
+        if self.model is None:
+            yield
+            return
+        with calibrate.evaluation(self.model), calibrate.buffers_on(self.model, self.device):
+            yield
 
 
 def _architecture(checkpoint: Checkpoint) -> tuple[type[nn.Module], Any] | None:
@@ -135,12 +143,14 @@ def prepare(
     temperature: float,
     keep: Path | None,
     progress: Progress | None,
+    device: torch.device | None = None,
 ) -> Workload:
     """The runs that show `encode` how `source` uses its parameters and what inputs they meet.
 
     Args:
         tokens, random_tokens: how many, and how many where they are random.
         keep: where sampled tokens are kept, so that they are drawn once.
+        device: where the model is to compute; None: where its parameters are.
 
     Raises:
         CalibrationError: calibration is empty, or the model does not run on it.
@@ -177,15 +187,15 @@ def prepare(
     tokenizer = tokenizer_of(name)
     data: Data
     if calibration is not None:
-        batches, data = calibrate.make_batches(model, calibration, tokenizer, tokens=tokens)
+        batches, data = calibrate.make_batches(model, calibration, tokenizer, tokens=tokens, device=device)
     elif can_write(model):
         theirs = Fingerprint.of(checkpoint, checkpoint.names()).digest
-        drawn = _sampled(model, theirs, tokenizer, keep, tokens, seed, temperature, progress)
+        drawn = _sampled(model, handles, theirs, tokenizer, keep, tokens, seed, temperature, progress, device)
         batches, data = drawn, "sampled"
     else:
-        device = calibrate.device_of(model)
-        batches, data = calibrate.random_tokens(model, random_tokens, seed, device), "random"
-    return Workload(calibrate.model_runs(model, batches), handles, data, _digest(batches), model)
+        place = device or calibrate.device_of(model)
+        batches, data = calibrate.random_tokens(model, random_tokens, seed, place), "random"
+    return Workload(calibrate.model_runs(model, batches), handles, data, _digest(batches), model, device)
 
 
 def _digest(batches: Sequence[calibrate.Batch]) -> str:
@@ -202,6 +212,7 @@ def _digest(batches: Sequence[calibrate.Batch]) -> str:
 
 def _sampled(
     model: nn.Module,
+    handles: Mapping[str, Tensor],
     theirs: str,
     tokenizer: Callable[[], Any],
     keep: Path | None,
@@ -209,6 +220,7 @@ def _sampled(
     seed: int,
     temperature: float,
     progress: Progress | None,
+    device: torch.device | None,
 ) -> list[calibrate.Batch]:
     """Sequences that the model (`theirs`, its fingerprint) writes, in batches of one run each."""
     drawn_from = f"{theirs} {tokens} {seed} {temperature}"
@@ -220,12 +232,17 @@ def _sampled(
         drawn = [stored[key] for key in sorted(stored)]
     else:
         starts = first_tokens(model, tokenizer)
-        with calibrate.evaluation(model):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(calibrate.evaluation(model))
+            if device is not None:
+                values = TunedValues(handles, device)  # one matrix at a time is there
+                stack.enter_context(calibrate.buffers_on(model, device))
+                stack.enter_context(Substitution(handles, lambda use: values.forget(), values))
             drawn = sample(
                 model, starts, tokens, longest=calibrate.sequence_length(model), temperature=temperature, seed=seed,
-                progress=progress,
+                device=device, progress=progress,
             )  # fmt: skip
         if path is not None:
             write_tensors(path, {str(place): ids for place, ids in enumerate(drawn)}, {})
-    device = calibrate.device_of(model)
-    return [{"input_ids": part.to(device)} for ids in drawn for part in ids.split(_SAMPLED_ROWS)]
+    place = device or calibrate.device_of(model)
+    return [{"input_ids": part.to(place)} for ids in drawn for part in ids.split(_SAMPLED_ROWS)]
