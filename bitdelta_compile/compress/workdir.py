@@ -63,7 +63,8 @@ class WorkDir:
             dtype = getattr(torch, about["dtype"])
             lacking = fields.pop("lacking", None)
             sign = Sign(tuple(about["shape"]), dtype, **fields, transposed=about["transposed"])
-            return Fitted(sign, *about["figures"], lacking=lacking)
+            error, weight_error, energy = map(float, about["figures"])
+            return Fitted(sign, error, weight_error, energy, lacking)
         except (FormatError, KeyError, TypeError, ValueError) as error:
             raise UnsupportedError(f"{path} is damaged ({error}): delete it, and the matrix is fitted again") from None
 

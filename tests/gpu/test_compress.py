@@ -7,7 +7,6 @@ import torch
 
 from bitdelta_compile.compress import compress
 
-
 TEXTS = ["the value of python", "language is not a value"]
 
 
