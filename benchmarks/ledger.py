@@ -86,7 +86,7 @@ def entries() -> Iterator[Entry]:
             ):
                 if form and exact == configs.PREFILL[1]:
                     continue  # an entry for targets that the rarer forms are not compiled for
-                constants = {**_sizes(exact), **constants, **indexed, "SPLITS": splits, "BASE": base}
+                constants = {**_sizes(exact.of_parts(splits)), **constants, **indexed, "SPLITS": splits, "BASE": base}
                 constants |= {"SORTED": is_sorted, "SP": 32, "FORM": "asm"}
                 name = f"{'prefill' if is_sorted else 'exact'} {_label(exact)}{form}"
                 if exact == configs.PREFILL[0]:  # see there
@@ -167,8 +167,9 @@ def weights(entry: Entry, loop: list[str]) -> float:
         return names["BMMA"] * 16 * 256 / (3 if entry.wide else 2)
     assert isinstance(entry.config, configs.Exact)
     if names["HGMMA"]:
-        return names["HGMMA"] * 16 * 16 / entry.splits
-    return names["HMMA"] * 16 * 16 * 8 / entry.config.BM / entry.splits
+        return names["HGMMA"] * 16 * 16
+    columns = max(8, entry.constants["BM"] * {1: 1, 2: 2, 3: 4}[entry.splits])
+    return names["HMMA"] * 16 * 16 * 8 / columns
 
 
 def disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], int]:
