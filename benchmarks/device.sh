@@ -80,52 +80,43 @@ install() {
     PYTHONPATH=$tree "$PYTHON" -c "$places"
 }
 
-# The suite's own settings name a plugin; without the plugin they would be an error. The files run side by side: most of
-# their time goes into compiling, and nothing is timed.
+# gpu_tests FILE...: each with a log of its own, side by side: most of their time goes into compiling, and nothing is
+# timed. The suite's own settings name a plugin; without the plugin they would be an error.
 gpu_tests() {
     local settings=() pids=() failed=0 file pid
     "$PYTHON" -c "import pytest_timeout" 2>/dev/null || settings=(-c "$WORK/pytest.ini" --rootdir .)
-    for file in tests/gpu/test_*.py; do
-        "$PYTHON" -m pytest "${settings[@]}" -p no:cacheprovider -m gpu -vv -rA --durations=15 "$file" \
-            >"$OUT/logs/tests-$(basename "$file" .py).log" 2>&1 &
+    for file; do
+        "$PYTHON" -m pytest "${settings[@]}" -p no:cacheprovider -m gpu -vv -rA --durations=15 "tests/gpu/test_$file.py" \
+            >"$OUT/logs/tests-$file.log" 2>&1 &
         pids+=($!)
     done
     for pid in "${pids[@]}"; do
         wait "$pid" || failed=1
     done
-    tail -qn 1 "$OUT"/logs/tests-*.log
+    for file; do
+        tail -n 1 "$OUT/logs/tests-$file.log"
+    done
     return $failed
-}
-
-sanitizer() {
-    local found
-    found=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
-    if [[ -z $found ]]; then
-        echo "compute-sanitizer is not on this machine: nothing checked"
-        return 0
-    fi
-    "$found" --tool memcheck --error-exitcode 9 "$PYTHON" -m pytest -c "$WORK/pytest.ini" --rootdir . -p no:cacheprovider -m gpu \
-        tests/gpu/test_eager.py -k "ragged"
 }
 
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 printf '[pytest]\naddopts = --import-mode=importlib --strict-markers\nmarkers =\n    gpu: needs a CUDA device\n' >"$WORK/pytest.ini"
 export PYTHON OUT WORK PYTHONUNBUFFERED=1
-export -f machine install gpu_tests sanitizer
+export -f machine install gpu_tests
 
-step machine 15 bash -c machine
+step machine 20 bash -c machine
 step install 50 bash -c install
 [[ -s $WORK/python ]] && PYTHON=$(<"$WORK/python")
 [[ -s $WORK/pythonpath ]] && PYTHONPATH=$(<"$WORK/pythonpath") && export PYTHONPATH
 export PYTHON
-step tests 140 bash -c gpu_tests
+step tests 135 bash -c "gpu_tests eager compiled attached"
 step ceilings 35 "$PYTHON" -m benchmarks gpu-ceilings --out "$OUT"
 step decode 100 "$PYTHON" -m benchmarks gpu-decode --out "$OUT"
 step generate 85 "$PYTHON" -m benchmarks gpu-generate --out "$OUT"
 step prefill 70 "$PYTHON" -m benchmarks gpu-prefill --out "$OUT"
 step agree 40 "$PYTHON" -m benchmarks gpu-agree --out "$OUT"
-step sanitizer 30 bash -c sanitizer
+step sanitizer 30 bash -c "gpu_tests sanitizer"
 
 for name in ceilings decode generate prefill agree; do
     [[ -s $OUT/gpu-$name.jsonl ]] && note "found     $(wc -l <"$OUT/gpu-$name.jsonl") records in gpu-$name.jsonl"

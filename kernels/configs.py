@@ -86,9 +86,8 @@ class Fused:
 BINARY_DECODE = (Binary(4, 1, 1, 4, 1), Binary(2, 1, 1, 8, 1), Binary(2, 4, 1, 4, 1))
 EXACT_DECODE = (Exact(2, 4, 2, 8, 2),)
 FUSED_DECODE = (Fused(BINARY_DECODE[0], 64, 4, 4), Fused(BINARY_DECODE[2], 64, 4, 4))
-# Signs are a sixteenth of x's bytes, so that many outputs and few rows ask least of the caches; what is larger spills.
-# The second is for sm_100: with four warps Triton would keep the signs of all 16 bits in tensor memory, twice what there
-# is.
+# Signs are a sixteenth of x's bytes: many outputs and few rows ask least of the caches. What is larger spills. The
+# second is for sm_100: with four warps Triton keeps the signs of all 16 bits in tensor memory, twice what there is.
 PREFILL = (Exact(4, 4, 1, 32, 1), Exact(2, 2, 2, 32, 1))
 
 

@@ -225,8 +225,8 @@ def exact_product(
 ):  # fmt: skip
     """Products of R W tiles of signs and BM rows of x, by tensor cores with fp32 sums.
 
-    The parts of x are columns of one matrix, so that all share the unpacking and the matrix instruction: part s of row m
-    is column BM s + m. Three parts take the place of four, the last of which is the third again and is not counted.
+    The parts of x are columns of one matrix, so that they share the unpacking and the matrix instruction: part s of row
+    m is column BM s + m. Three parts take the place of four, the last of which is the third again and is not counted.
 
     Args:
         signs_ptr: of one slot and plane, int32 [tiles, width].
