@@ -44,14 +44,15 @@ def main() -> None:
         case = CASES[name]
         print(f"{name}: {case.help}")
         start = time.perf_counter()
+        records: list[Record] = []
+        path = args.out / f"{name}.jsonl"
         try:
-            found = case.measure(run)
+            for record in case.measure(run):
+                records.append({"case": name, "quick": args.quick, **machine(), **record})
+                write_records(path, records)
         except SkippedError as reason:
             print(f"skipped: {reason}\n")
             continue
-        records = [{"case": name, "quick": args.quick, **machine(), **record} for record in found]
-        path = args.out / f"{name}.jsonl"
-        write_records(path, records)
         print(table(case.columns, records))
         if case.plot is not None:
             case.plot(records, path.with_suffix(".png"))

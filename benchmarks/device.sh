@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one call of less than ten minutes: install, ceilings, agreement of eager, interpreted and
-# compiled results, `pytest -m gpu`, compute-sanitizer where there is one, the gpu-* benchmarks. No network is used.
+# All that needs a GPU, in one call of less than ten minutes, what matters most first: install, `pytest -m gpu`, ceilings,
+# the gpu-* benchmarks, agreement of eager, interpreted and compiled results, compute-sanitizer where there is one. No
+# network is used.
 #
 #   [OUT=folder] [PYTHON=python3] [SECONDS_IN_ALL=570] benchmarks/device.sh
 #
 # Logs, JSONL and plots come under OUT (default benchmarks/out), and summary.txt with a line for every step. A step that
-# fails is recorded and the next one runs. The exit status is 0 if every step passed and 1 otherwise.
+# fails or runs past its limit is recorded and the next one runs; what it had found by then stays under OUT. The limits
+# of all steps together are less than SECONDS_IN_ALL. The exit status is 0 if every step passed and 1 otherwise.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=$(realpath -m "${OUT:-benchmarks/out}")
@@ -14,6 +16,7 @@ DEADLINE=${SECONDS_IN_ALL:-570}
 mkdir -p "$OUT/logs"
 SUMMARY=$OUT/summary.txt
 : >"$SUMMARY"
+rm -f "$OUT"/gpu-*.jsonl "$OUT"/gpu-*.png
 failed=0
 
 note() { printf '%s\n' "$*" | tee -a "$SUMMARY"; }
@@ -77,44 +80,46 @@ install() {
     PYTHONPATH=$tree "$PYTHON" -c "$places"
 }
 
-# The suite's own settings name a plugin; without the plugin they would be an error.
+# gpu_tests FILE...: each with a log of its own, side by side: most of their time goes into compiling, and nothing is
+# timed. The suite's own settings name a plugin; without the plugin they would be an error.
 gpu_tests() {
-    local settings=()
+    local settings=() pids=() failed=0 file pid
     "$PYTHON" -c "import pytest_timeout" 2>/dev/null || settings=(-c "$WORK/pytest.ini" --rootdir .)
-    printf '[pytest]\naddopts = --import-mode=importlib --strict-markers\nmarkers =\n    gpu: needs a CUDA device\n' >"$WORK/pytest.ini"
-    "$PYTHON" -m pytest "${settings[@]}" -p no:cacheprovider -m gpu -rA --durations=15 "$@"
-}
-
-sanitizer() {
-    local found
-    found=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
-    if [[ -z $found ]]; then
-        echo "compute-sanitizer is not on this machine: nothing checked"
-        return 0
-    fi
-    "$found" --tool memcheck --error-exitcode 9 "$PYTHON" -m pytest -c "$WORK/pytest.ini" --rootdir . -p no:cacheprovider -m gpu \
-        tests/gpu/test_eager.py -k "ragged"
+    for file; do
+        "$PYTHON" -m pytest "${settings[@]}" -p no:cacheprovider -m gpu -vv -rA --durations=15 "tests/gpu/test_$file.py" \
+            >"$OUT/logs/tests-$file.log" 2>&1 &
+        pids+=($!)
+    done
+    for pid in "${pids[@]}"; do
+        wait "$pid" || failed=1
+    done
+    for file; do
+        tail -n 1 "$OUT/logs/tests-$file.log"
+    done
+    return $failed
 }
 
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
-export PYTHON OUT WORK
-export -f machine install gpu_tests sanitizer
+printf '[pytest]\naddopts = --import-mode=importlib --strict-markers\nmarkers =\n    gpu: needs a CUDA device\n' >"$WORK/pytest.ini"
+export PYTHON OUT WORK PYTHONUNBUFFERED=1
+export -f machine install gpu_tests
 
-step machine 40 bash -c machine
-step install 90 bash -c install
+step machine 20 bash -c machine
+step install 50 bash -c install
 [[ -s $WORK/python ]] && PYTHON=$(<"$WORK/python")
-[[ -s $WORK/pythonpath ]] && export PYTHONPATH=$(<"$WORK/pythonpath")
+[[ -s $WORK/pythonpath ]] && PYTHONPATH=$(<"$WORK/pythonpath") && export PYTHONPATH
 export PYTHON
-step ceilings 45 "$PYTHON" -m benchmarks gpu-ceilings --out "$OUT"
-step agree 60 "$PYTHON" -m benchmarks gpu-agree --out "$OUT"
-step tests 190 bash -c "gpu_tests tests"
-step decode 110 "$PYTHON" -m benchmarks gpu-decode --out "$OUT"
-step prefill 90 "$PYTHON" -m benchmarks gpu-prefill --out "$OUT"
-step generate 100 "$PYTHON" -m benchmarks gpu-generate --out "$OUT"
-step sanitizer 60 bash -c sanitizer
+step tests 135 bash -c "gpu_tests eager compiled attached"
+step ceilings 35 "$PYTHON" -m benchmarks gpu-ceilings --out "$OUT"
+step decode 100 "$PYTHON" -m benchmarks gpu-decode --out "$OUT"
+step generate 85 "$PYTHON" -m benchmarks gpu-generate --out "$OUT"
+step prefill 70 "$PYTHON" -m benchmarks gpu-prefill --out "$OUT"
+step agree 40 "$PYTHON" -m benchmarks gpu-agree --out "$OUT"
+step sanitizer 30 bash -c "gpu_tests sanitizer"
 
-for name in ceilings decode prefill generate agree; do
+for name in ceilings decode generate prefill agree; do
+    [[ -s $OUT/gpu-$name.jsonl ]] && note "found     $(wc -l <"$OUT/gpu-$name.jsonl") records in gpu-$name.jsonl"
     if grep -q '^skipped:' "$OUT/logs/$name.log" 2>/dev/null; then
         note "SKIPPED   $name: $(grep -m 1 '^skipped:' "$OUT/logs/$name.log")"
         failed=1
@@ -122,8 +127,8 @@ for name in ceilings decode prefill generate agree; do
 done
 {
     echo
-    grep -h -A 60 '^gpu-' "$OUT"/logs/{ceilings,agree,decode,prefill,generate}.log 2>/dev/null
-    grep -h -E '^(FAILED|ERROR|=+ .*(passed|failed|error|skipped).*=+$)|^[0-9]+ (passed|failed|skipped)' "$OUT/logs/tests.log" 2>/dev/null
+    grep -h -A 60 '^gpu-' "$OUT"/logs/{ceilings,decode,generate,prefill,agree}.log 2>/dev/null
+    grep -h -E '^(FAILED|ERROR|=+ .*(passed|failed|error|skipped).*=+$)|^[0-9]+ (passed|failed|skipped)' "$OUT"/logs/tests-*.log 2>/dev/null
 } >>"$SUMMARY"
 note "$( ((failed)) && echo 'not all passed' || echo 'all passed') in $SECONDS s; $SUMMARY"
 exit $failed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -68,37 +69,39 @@ def gemm_flops_per_second(where: torch.device, size: int = 8192) -> float:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    (found,) = records
-    names = {"HBM read, TB/s": found["hbm_tb_s"], "HBM copy, TB/s": found["copy_tb_s"]}
-    names |= {"bf16 GEMM, PFLOP/s": found["gemm_tflop_s"] / 1e3, "BMMA per clock and SM": found["bmma_per_clock_sm"]}
-    bars(list(names), {"measured": list(names.values())}, "rate", f"Ceilings of {found['gpu']}", path)
+    names = [f"{record['rate']}, {record['unit']}" for record in records]
+    values = [record["value"] for record in records]
+    bars(names, {"measured": values}, "rate", f"Ceilings of {records[0]['gpu']}", path, log=True)
 
 
 @case(
     "gpu-ceilings",
     "rates of a GPU's memory, binary tensor core and bf16 GEMM",
-    columns=("gpu", "hbm_tb_s", "copy_tb_s", "bmma_top_s", "bmma_per_clock_sm", "weights_t_s_16_bit", "gemm_tflop_s"),
+    columns=("gpu", "rate", "value", "unit", "per_clock_sm", "weights_t_s_16_bit"),
     plot=plot,
 )
-def measure(run: Run) -> list[Record]:
+def measure(run: Run) -> Iterator[Record]:
     from .gpu_kernels import BMMA_OPERATIONS
 
     where = gpu_timing.device()
     properties = torch.cuda.get_device_properties(where)
-    bmma = binary_mma_per_second(where, 256 if run.quick else 4096)
     clock = float(getattr(properties, "clock_rate", 0)) * 1e3 or None
-    return [
-        {
-            "multiprocessors": properties.multi_processor_count,
-            "l2_mb": gpu_timing.l2_bytes(where) >> 20,
-            "clock_ghz": None if clock is None else clock / 1e9,
-            "hbm_tb_s": hbm_bytes_per_second(where) / 1e12,
-            "copy_tb_s": copy_bytes_per_second(where) / 1e12,
-            "bmma_per_s": bmma,
-            "bmma_top_s": bmma * BMMA_OPERATIONS / 1e12,
-            "bmma_per_clock_sm": 0.0 if clock is None else bmma / clock / properties.multi_processor_count,
-            # One operation covers 16 x 256 weights and 8 of the 16 bit planes of one row.
-            "weights_t_s_16_bit": bmma * 16 * 256 / 2 / 1e12,
-            "gemm_tflop_s": gemm_flops_per_second(where, 2048 if run.quick else 8192) / 1e12,
-        }
-    ]
+    facts: Record = {
+        "multiprocessors": properties.multi_processor_count,
+        "l2_mb": gpu_timing.l2_bytes(where) >> 20,
+        "clock_ghz": None if clock is None else clock / 1e9,
+    }
+    yield {**facts, "rate": "HBM read", "value": hbm_bytes_per_second(where) / 1e12, "unit": "TB/s"}
+    bmma = binary_mma_per_second(where, 256 if run.quick else 4096)
+    yield {
+        **facts,
+        "rate": "binary MMA",
+        "value": bmma * BMMA_OPERATIONS / 1e12,
+        "unit": "TOP/s",
+        "per_clock_sm": None if clock is None else bmma / clock / properties.multi_processor_count,
+        # One operation covers 16 x 256 weights and 8 of the 16 bit planes of one row.
+        "weights_t_s_16_bit": bmma * 16 * 256 / 2 / 1e12,
+    }
+    gemm = gemm_flops_per_second(where, 2048 if run.quick else 8192)
+    yield {**facts, "rate": "bf16 GEMM", "value": gemm / 1e12, "unit": "TFLOP/s"}
+    yield {**facts, "rate": "HBM copy", "value": copy_bytes_per_second(where) / 1e12, "unit": "TB/s"}

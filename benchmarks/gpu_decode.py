@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ SIZES = {
     "head, Llama-3": (128256, 4096),
 }
 _LEADING = ("q, o", "gate, up")
+SECONDS = 70.0  # for all settings
 
 
 def shapes(quick: bool) -> list[gpu_ways.Shape]:
@@ -64,10 +66,11 @@ def plot(records: list[Record], path: Path) -> None:
     ),
     plot=plot,
 )  # fmt: skip
-def measure(run: Run) -> list[Record]:
+def measure(run: Run) -> Iterator[Record]:
     where = gpu_timing.device()
     hbm = hbm_bytes_per_second(where)
-    return [_measure(run, shape, where, hbm) for shape in gpu_timing.within(shapes(run.quick))]
+    for shape in gpu_timing.within(shapes(run.quick), SECONDS):
+        yield _measure(run, shape, where, hbm)
 
 
 def _measure(run: Run, shape: gpu_ways.Shape, where: torch.device, hbm: float) -> Record:

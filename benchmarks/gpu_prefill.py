@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from .gpu_ceilings import gemm_flops_per_second
 from .gpu_decode import SIZES
 from .plots import panels
 from .registry import Record, Run, case
+
+SECONDS = 45.0  # for all settings
 
 
 def shapes(quick: bool) -> list[gpu_ways.Shape]:
@@ -45,10 +48,11 @@ def plot(records: list[Record], path: Path) -> None:
     ),
     plot=plot,
 )  # fmt: skip
-def measure(run: Run) -> list[Record]:
+def measure(run: Run) -> Iterator[Record]:
     where = gpu_timing.device()
     gemm = gemm_flops_per_second(where, 2048 if run.quick else 8192)
-    return [_measure(run, shape, where, gemm) for shape in gpu_timing.within(shapes(run.quick))]
+    for shape in gpu_timing.within(shapes(run.quick), SECONDS):
+        yield _measure(run, shape, where, gemm)
 
 
 def _measure(run: Run, shape: gpu_ways.Shape, where: torch.device, gemm: float) -> Record:

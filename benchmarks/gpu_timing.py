@@ -14,8 +14,6 @@ from .timing import side_by_side
 
 Item = TypeVar("Item")
 
-SECONDS_OF_A_CASE = 70.0
-
 
 def device() -> torch.device:
     """The CUDA device; SkippedError where there is none, or no triton to compile for it."""
@@ -75,9 +73,7 @@ def graph_seconds(
     return {name: value / ways[name][1] for name, value in seconds.items()}
 
 
-def within(
-    items: Iterable[Item], seconds: float = SECONDS_OF_A_CASE, now: Callable[[], float] = time.monotonic
-) -> Iterator[Item]:
+def within(items: Iterable[Item], seconds: float, now: Callable[[], float] = time.monotonic) -> Iterator[Item]:
     """The items until the time is up; the first always. Says how many are left out: put what matters first."""
     kept, start = list(items), now()
     for index, item in enumerate(kept):

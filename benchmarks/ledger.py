@@ -78,15 +78,16 @@ def entries() -> Iterator[Entry]:
         yield Entry(name, "fused", "fused_kernel", constants, fused.warps, fused.STAGES, BINARY_TARGETS, fused)
     for table, is_sorted in ((configs.EXACT_DECODE, False), (configs.PREFILL, True)):
         for exact in table:
-            for form, constants, splits, base, targets in (
+            forms: tuple[tuple[str, dict[str, Any], int, bool, tuple[int | str, ...]], ...] = (
                 ("", even, 1, False, EXACT_TARGETS),
-                (" 3 parts", even, 3, False, (90,)),
+                (" 3 parts", even, 3, False, (90,) if is_sorted else (90, 100)),
                 (" ragged", odd, 1, False, (90,)),
                 (" with base", even, 1, True, (90,)),
-            ):
-                if form and exact == configs.PREFILL[1]:
-                    continue  # an entry for targets that the rarer forms are not compiled for
-                constants = {**_sizes(exact), **constants, **indexed, "SPLITS": splits, "BASE": base}
+            )
+            if exact == configs.PREFILL[1]:  # an entry for sm_100, which only autotuning could take elsewhere
+                forms = ((" of sm_100", even, 1, False, (90, 100)), (" of sm_100, ragged", odd, 1, False, (100,)))
+            for form, constants, splits, base, targets in forms:
+                constants = {**_sizes(exact.of_parts(splits)), **constants, **indexed, "SPLITS": splits, "BASE": base}
                 constants |= {"SORTED": is_sorted, "SP": 32, "FORM": "asm"}
                 name = f"{'prefill' if is_sorted else 'exact'} {_label(exact)}{form}"
                 if exact == configs.PREFILL[0]:  # see there
@@ -139,8 +140,9 @@ def compile_for(entry: Entry, target: int | str) -> Any:
 def count(entry: Entry, target: int | str, compiled: Any) -> Record:
     """The entry's line of the ledger.
 
-    Fields `per_weight` (thread-instructions of the hot loop per weight and row of a group; only where there is a loop
-    of MMAs), `registers`, `shared` bytes, `spills` (accesses to local memory), `loop` (its commonest instructions).
+    Fields `per_weight` (thread-instructions of the hot loop per weight, on the binary path also per row of a group;
+    only where there is a loop of MMAs), `registers`, `shared` bytes, `spills` (accesses to local memory), `loop` (its
+    commonest instructions).
     """
     record: Record = {"entry": entry.name, "target": f"sm_{target}" if isinstance(target, int) else target}
     record["shared"] = compiled.metadata.shared
@@ -161,14 +163,15 @@ def count(entry: Entry, target: int | str, compiled: Any) -> Record:
 
 
 def weights(entry: Entry, loop: list[str]) -> float:
-    """Weights, times rows of a group, that a warp multiplies in these instructions, however often ptxas unrolled."""
+    """Weights (binary: times rows of a group) that a warp multiplies in these instructions, however often unrolled."""
     names = collections.Counter(_name(text) for text in loop)
     if names["BMMA"]:
         return names["BMMA"] * 16 * 256 / (3 if entry.wide else 2)
     assert isinstance(entry.config, configs.Exact)
     if names["HGMMA"]:
-        return names["HGMMA"] * 16 * 16 / entry.splits
-    return names["HMMA"] * 16 * 16 * 8 / entry.config.BM / entry.splits
+        return names["HGMMA"] * 16 * 16
+    columns = max(8, entry.constants["BM"] * {1: 1, 2: 2, 3: 4}[entry.splits])
+    return names["HMMA"] * 16 * 16 * 8 / columns
 
 
 def disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], int]:

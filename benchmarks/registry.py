@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A benchmark: `measure` yields records, having checked that what it times is right; `plot` draws them."""
+    """A benchmark: `measure` gives records, having checked that what it times is right; `plot` draws them.
+
+    A `measure` that yields them one by one has each on disk before the next is measured.
+    """
 
     name: str
     help: str
-    measure: Callable[[Run], list[Record]]
+    measure: Callable[[Run], Iterable[Record]]
     plot: Callable[[list[Record], Path], None] | None = None
     columns: tuple[str, ...] = ()
 
@@ -46,10 +49,10 @@ CASES: dict[str, Case] = {}
 
 def case(
     name: str, help: str, *, columns: tuple[str, ...], plot: Callable[[list[Record], Path], None] | None = None
-) -> Callable[[Callable[[Run], list[Record]]], Callable[[Run], list[Record]]]:
+) -> Callable[[Callable[[Run], Iterable[Record]]], Callable[[Run], Iterable[Record]]]:
     """Register a case under `name`; `columns` are the fields its table shows."""
 
-    def register(measure: Callable[[Run], list[Record]]) -> Callable[[Run], list[Record]]:
+    def register(measure: Callable[[Run], Iterable[Record]]) -> Callable[[Run], Iterable[Record]]:
         CASES[name] = Case(name, help, measure, plot, columns)
         return measure
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .encodings import Encoding, Rows, Sign
 from .kernels.configs import device_layout
-from .kernels.layout import layout_of, to_layout
+from .kernels.layout import layout_of, padding_bytes, to_layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,6 +123,14 @@ class Stack:
         """Name of the layout of `signs`."""
         assert self.signs is not None
         return layout_of(self.signs, self.base_rows, self.in_features)
+
+    @property
+    def padding_bytes(self) -> int:
+        """Bytes of `nbytes` that only fill up the layout of `signs`."""
+        if self.signs is None:
+            return 0
+        slots, planes = self.signs.shape[:2]
+        return slots * planes * padding_bytes(self.base_rows, self.in_features, self.sign_layout)
 
     @property
     def planes(self) -> int:

@@ -39,7 +39,10 @@ class Binary:
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """Exact products of W R tiles of 16 outputs and BM rows of a slot, with W warps and U blocks per step."""
+    """Exact products of W R tiles of 16 outputs and BM rows of a slot, with W warps and U blocks per step.
+
+    In the table BM is the rows of x in one part; of x in several parts fewer rows take the same place.
+    """
 
     R: int
     W: int
@@ -54,6 +57,10 @@ class Exact:
     @property
     def tiles(self) -> int:
         return self.W * self.R
+
+    def of_parts(self, splits: int) -> Exact:
+        """The entry for x in that many parts; three take the place of four."""
+        return dataclasses.replace(self, BM=self.BM // (4 if splits == 3 else splits))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +86,9 @@ class Fused:
 BINARY_DECODE = (Binary(4, 1, 1, 4, 1), Binary(2, 1, 1, 8, 1), Binary(2, 4, 1, 4, 1))
 EXACT_DECODE = (Exact(2, 4, 2, 8, 2),)
 FUSED_DECODE = (Fused(BINARY_DECODE[0], 64, 4, 4), Fused(BINARY_DECODE[2], 64, 4, 4))
-# What is larger spills on some targets. The second is for sm_100: with four warps Triton would keep the signs of all 16
-# bits in tensor memory, twice what there is.
-PREFILL = (Exact(2, 4, 2, 64, 1), Exact(2, 2, 2, 32, 1))
+# Signs are a sixteenth of x's bytes: many outputs and few rows ask least of the caches. What is larger spills. The
+# second is for sm_100: with four warps Triton keeps the signs of all 16 bits in tensor memory, twice what there is.
+PREFILL = (Exact(4, 4, 1, 32, 1), Exact(2, 2, 2, 32, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,12 +159,17 @@ def choose(
     if arch is None or (isinstance(arch, int) and arch < 80) or not (rows and outputs and features):
         return None
     form = "asm" if isinstance(arch, int) else "plain"
+    many = PREFILL[1 if isinstance(arch, int) and 100 <= arch < 120 else 0]
     if rows > DECODE_ROWS:
-        config = PREFILL[1 if isinstance(arch, int) and 100 <= arch < 120 else 0]
-        return Plan(config, splits=splits(dtype, column, exact), sorted=True, form=form)
+        parts = splits(dtype, column, exact)
+        return Plan(many.of_parts(parts), splits=parts, sorted=True, form=form)
     # From sm_100 on there is no binary MMA: it would be emulated.
     if exact or not isinstance(arch, int) or arch >= 100 or features > BINARY_FEATURES:
-        return Plan(EXACT_DECODE[0], splits=splits(dtype, column, True), form=form)
+        parts = splits(dtype, column, True)
+        config = EXACT_DECODE[0].of_parts(parts)
+        if rows > slots * config.BM:
+            config = many.of_parts(parts)
+        return Plan(config, splits=parts, form=form)
     wide = column or dtype == torch.float32  # x that has more than 16 bits
     if rows > slots:
         return Plan(BINARY_DECODE[2], wide=wide)

@@ -77,7 +77,7 @@ def exact_kernel(
                 R, W, U, BM, SPLITS, HALF, EVEN, P, XP, RANK, FORM, STAGES,
             )  # fmt: skip
         if BASE:
-            y = base_product(y, x_ptr, weight_ptr, rows, n, M, N, 0, K, K, x_stride, 64, FORM, 3)
+            y = base_product(y, x_ptr, weight_ptr, rows, n, M, N, 0, K, K, x_stride, 64, FORM, 1)
         there = (n < N)[:, None] & (rows < M)[None, :]
         tl.store(y_ptr + n[:, None] + rows.to(tl.int64)[None, :] * N, y.to(y_ptr.dtype.element_ty), mask=there)
 

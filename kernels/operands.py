@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tile import COMPLEMENTED
 from .tile_linear import slot_of_row
 
 
@@ -104,9 +105,10 @@ def words_kernel(
     word = tl.arange(0, 16)
     k = block[:, None, None] * 256 + word[None, None, :] * 16 + bit[None, :, None]
     left = scaled_x(x_ptr + row.to(tl.int64) * x_stride, col_ptr, k, K, COL)
-    # 2^-33 over the number that `tile.bit_operand` makes of this bit, half of it for +-1.
+    # 2^-33 over the number that `tile.bit_operand` makes of this bit, half of it for +-1, less than 0 for a complement.
     field = 1 << tl.where(bit >= 7, bit - 7, bit + 1)
     factor = (tl.where(bit == 15, 93, 221 - field) << 23).to(tl.float32, bitcast=True)
+    sign = 1.0 - 2.0 * (COMPLEMENTED >> bit & 1)
     place = (line.to(tl.int64) * stored + block)[:, None, None] * (256 * SPLITS) + bit[None, :, None] * 16
     place += word[None, None, :]
     there = (block < stored)[:, None, None]
@@ -115,8 +117,8 @@ def words_kernel(
         part = left.to(tl.bfloat16).to(tl.float32)
         left -= part
         total += part
-        tl.store(words_ptr + place + 256 * s, (part * factor[None, :, None]).to(tl.bfloat16), mask=there)
-    total = tl.where((bit < 15)[None, :, None], total, 0.0)
+        tl.store(words_ptr + place + 256 * s, (part * (sign * factor)[None, :, None]).to(tl.bfloat16), mask=there)
+    total *= tl.where(bit < 15, sign, 0.0)[None, :, None]
     half = tl.sum(tl.sum(total, 2), 1) * 5.8207660913467407e-11  # 2^-34
     tl.store(halves_ptr + line.to(tl.int64) * stored + block, half, mask=block < stored)
 
@@ -183,7 +185,7 @@ def words(x: Tensor, col_scale: Tensor | None, tenant: Tensor | None, splits: in
 
     Returns:
         words bf16 [M XP, B, splits, 16, 16]: feature 256 block + 16 w + j at [block, :, j, w].
-        halves fp32 [M XP, B]: what the exact product takes away per block.
+        halves fp32 [M XP, B]: what the exact product takes away, by block.
     """
     rows, features = x.shape
     slots, planes = (1, 1) if col_scale is None else col_scale.shape[:2]

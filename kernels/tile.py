@@ -7,7 +7,9 @@ block 256 features, whose 128 words lie together in the order of a warp's matrix
 Two ways to multiply. *Binary*: x as integers times a power of two, one bit plane after the other against the sign bits
 as they lie in memory (`mma.m16n8k256.b1.and.popc`): sum_k sign_k x_k = 2 sum_j 2^j popc(signs & plane_j) - sum_k x_k,
 in exact integers. *Exact*: a masked bit of a 16-bit word is, read as bf16, zero or a power of two; x is scaled by its
-inverse beforehand, so that one logical instruction makes two operands of an ordinary `tl.dot`.
+inverse beforehand, so that one logical instruction makes two operands of an ordinary `tl.dot`. Of x times 0 or 1 a
+half is taken away beforehand, for all features at once; about half of the bits enter as 1 - bit, times -x, so that
+these halves add up to no more than the products themselves do, whatever the mean of x.
 """
 
 from __future__ import annotations
@@ -147,32 +149,44 @@ def binary_product(
     return product
 
 
+COMPLEMENTED = tl.constexpr(0x6996)  # bits that enter as 1 - bit: those with an odd number of ones in their number
+
 _LOGIC_TOP = tl.constexpr("lop3.b32 $0, $1, 0x80008000, 0xBF80BF80, 0x6A;")  # (a & b) ^ c
 _LOGIC_UPPER = tl.constexpr("and.b32 $0, $1, $2;")
 _LOGIC_LOWER = tl.constexpr("{.reg .b32 t; shl.b32 t, $1, 8; and.b32 $0, t, $2;}")
+_LOGIC_UPPER_NOT = tl.constexpr("lop3.b32 $0, $1, $2, 0, 0x0C;")  # ~a & b
+_LOGIC_LOWER_NOT = tl.constexpr("{.reg .b32 t; shl.b32 t, $1, 8; lop3.b32 $0, t, $2, 0, 0x0C;}")
 
 
 @triton.jit
 def bit_operand(words, J: tl.constexpr, FORM: tl.constexpr):
     """Bit J of int16 words as numbers: +-1 for J = 15, else 2^(f - 127) or 0, f = 2^(J - 7), or 2^(J + 1) below J = 7.
 
+    Of the bits that `COMPLEMENTED` has, 0 gives the power of two and 1 gives 0.
+
     FORM: "asm", one instruction (two below J = 7) for a pair in PTX; "plain", the same in Triton; "interpreted",
     that and then fp32, since the interpreter has no bf16 products.
     """
+    NOT: tl.constexpr = COMPLEMENTED >> J & 1
     if FORM == "asm":
         if J == 15:
             return tl.inline_asm_elementwise(_LOGIC_TOP, "=r,r", [words], tl.bfloat16, True, 2)
         if J >= 7:
             mask = tl.full(words.shape, 1 << J, tl.int16)
-            return tl.inline_asm_elementwise(_LOGIC_UPPER, "=r,r,r", [words, mask], tl.bfloat16, True, 2)
+            return tl.inline_asm_elementwise(
+                _LOGIC_UPPER_NOT if NOT else _LOGIC_UPPER, "=r,r,r", [words, mask], tl.bfloat16, True, 2
+            )
         mask = tl.full(words.shape, 1 << (J + 8), tl.int16)
-        return tl.inline_asm_elementwise(_LOGIC_LOWER, "=r,r,r", [words, mask], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(
+            _LOGIC_LOWER_NOT if NOT else _LOGIC_LOWER, "=r,r,r", [words, mask], tl.bfloat16, True, 2
+        )
+    source = ~words if NOT else words
     if J == 15:
-        bits = (words & -32768) ^ -16512
+        bits = (source & -32768) ^ -16512
     elif J >= 7:
-        bits = words & (1 << J)
+        bits = source & (1 << J)
     else:
-        bits = (words << 8) & (1 << (J + 8))
+        bits = (source << 8) & (1 << (J + 8))
     number = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     if FORM == "interpreted":
         return number.to(tl.float32)
@@ -192,18 +206,14 @@ def word_matrix(words, R: tl.constexpr, W: tl.constexpr, U: tl.constexpr):
 
 
 @triton.jit
-def exact_step(acc, words, x_ptrs, x_mask, SPLITS: tl.constexpr, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """acc + words @ x for the 16 bits of int16 words [BN, BW]; x_ptrs [BW, BM] of bit 0 of split 0."""
+def exact_step(acc, words, x_ptrs, x_mask, MASKED: tl.constexpr, FORM: tl.constexpr):
+    """acc + words @ x for the 16 bits of int16 words [BN, BW]; x_ptrs [BW, columns] of bit 0."""
     for j in tl.static_range(16):
         operand = bit_operand(words, j, FORM)
-        for s in tl.static_range(SPLITS):
-            if MASKED:
-                x = tl.load(x_ptrs + (256 * s + 16 * j), mask=x_mask, other=0.0)
-            else:
-                x = tl.load(x_ptrs + (256 * s + 16 * j))
-            if FORM == "interpreted":
-                x = x.to(tl.float32)
-            acc = tl.dot(operand, x, acc, input_precision="ieee")
+        x = tl.load(x_ptrs + 16 * j, mask=x_mask, other=0.0) if MASKED else tl.load(x_ptrs + 16 * j)
+        if FORM == "interpreted":
+            x = x.to(tl.float32)
+        acc = tl.dot(operand, x, acc, input_precision="ieee")
     return acc
 
 
@@ -214,6 +224,9 @@ def exact_product(
     HALF: tl.constexpr, EVEN: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Products of R W tiles of signs and BM rows of x, by tensor cores with fp32 sums.
+
+    The parts of x are columns of one matrix, so that they share the unpacking and the matrix instruction: part s of row
+    m is column BM s + m. Three parts take the place of four, the last of which is the third again and is not counted.
 
     Args:
         signs_ptr: of one slot and plane, int32 [tiles, width].
@@ -227,6 +240,9 @@ def exact_product(
     Returns:
         fp32 [16 R W, BM], row 16 (tile + W r + w) + 8 h + g of N at 16 (W r + w) + 8 h + g, not yet scaled.
     """
+    PARTS: tl.constexpr = 4 if SPLITS == 3 else SPLITS
+    column = tl.arange(0, PARTS * BM)
+    row_of = tl.reshape(tl.broadcast_to(x_row[None, :], (PARTS, BM)), (PARTS * BM,))
     warp = tl.arange(0, W)
     element = tl.arange(0, 256)
     halfwords = signs_ptr.to(tl.pointer_type(tl.int16))
@@ -236,29 +252,34 @@ def exact_product(
     signs += element[None, None, None, :]  # [W, R, U, 256]
     stored = blocks + HALF
     depth: tl.constexpr = 256 * SPLITS
-    column = tl.arange(0, 16 * U)
-    x_start = words_ptr + (x_row.to(tl.int64) * (stored * depth))[None, :]
-    x_ptrs = x_start + (column // 16 * depth + column % 16)[:, None]
-    half_ptrs = halves_ptr + x_row[None, :] * stored + unit[:, None]
-    acc = tl.zeros((R * W * 16, BM), tl.float32)
-    for step in tl.range(0, live * ((blocks + U - 1) // U), num_stages=STAGES):
+    word = tl.arange(0, 16 * U)
+    part = tl.minimum(column // BM, SPLITS - 1) * 256
+    x_start = words_ptr + (row_of.to(tl.int64) * (stored * depth) + part)[None, :]
+    x_ptrs = x_start + (word // 16 * depth + word % 16)[:, None]
+    half = tl.zeros((16, PARTS * BM), tl.float32)
+    for first in range(0, stored, 16):
+        at = first + tl.arange(0, 16)
+        wanted = (at < stored)[:, None] & (column < BM)[None, :]
+        half += tl.load(halves_ptr + row_of[None, :] * stored + at[:, None], mask=wanted, other=0.0)
+    acc = tl.zeros((R * W * 16, PARTS * BM), tl.float32) - tl.sum(half, 0)[None, :]
+    # Loads of many columns for all bits at once, twice over, would not fit into shared memory.
+    AHEAD: tl.constexpr = STAGES if PARTS * BM <= 16 else 1
+    for step in tl.range(0, live * ((blocks + U - 1) // U), num_stages=AHEAD):
         block = step * U
-        # Taking away its half after every block keeps the sums as small as those of +-1.
         if EVEN:
             words = tl.load(signs + block * 256)
-            acc -= tl.sum(tl.load(half_ptrs + block), 0)[None, :]
         else:
-            inside = block + unit < blocks
-            words = tl.load(signs + block * 256, mask=inside[None, None, :, None], other=0)
-            acc -= tl.sum(tl.load(half_ptrs + block, mask=inside[:, None], other=0.0), 0)[None, :]
-        x_inside = (block + column // 16 < blocks)[:, None]
-        acc = exact_step(acc, word_matrix(words, R, W, U), x_ptrs + block * depth, x_inside, SPLITS, not EVEN, FORM)
+            words = tl.load(signs + block * 256, mask=(block + unit < blocks)[None, None, :, None], other=0)
+        x_inside = (block + word // 16 < blocks)[:, None]
+        acc = exact_step(acc, word_matrix(words, R, W, U), x_ptrs + block * depth, x_inside, not EVEN, FORM)
     if HALF:
         there = (element // 4 % 2 == 0) & (live > 0)
         place = tl.where(there, element // 8 * 4 + element % 4, 0)
         last = halfwords + (tile_of * (2 * width) + blocks * 256)[:, :, None, None] + place[None, None, None, :]
         words = word_matrix(tl.load(last, mask=there[None, None, None, :], other=0), R, W, 1)
-        acc -= tl.load(halves_ptr + x_row * stored + blocks)[None, :]
         x_ptrs = x_start + (blocks * depth + tl.arange(0, 16))[:, None]
-        acc = exact_step(acc, words, x_ptrs, True, SPLITS, False, FORM)
+        acc = exact_step(acc, words, x_ptrs, True, False, FORM)
+    if PARTS > 1:
+        acc = tl.where((column < SPLITS * BM)[None, :], acc, 0.0)
+        acc = tl.sum(tl.reshape(acc, (R * W * 16, PARTS, BM)), 1)
     return acc * 17179869184.0

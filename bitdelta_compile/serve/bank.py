@@ -178,6 +178,11 @@ class Bank:
         """Bytes of all slots."""
         return sum(stack.nbytes for stack in self.stacks.values())
 
+    @property
+    def padding_bytes(self) -> int:
+        """Of these, what only fills up the device's layout of the signs."""
+        return sum(stack.padding_bytes for stack in self.stacks.values())
+
     def slot(self, name: str) -> int:
         """Where a tenant is."""
         return self._slot[self._known(name)]

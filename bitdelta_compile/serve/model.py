@@ -131,6 +131,11 @@ class TenantModel(nn.Module):
         return self._bank.nbytes
 
     @property
+    def padding_bytes(self) -> int:
+        """Of these, what only fills up the device's layout of the signs."""
+        return self._bank.padding_bytes
+
+    @property
     def config(self) -> Any:
         """The base's config."""
         return self.base.config

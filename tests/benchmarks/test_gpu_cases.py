@@ -41,7 +41,7 @@ def test_without_a_device_every_case_says_so(benchmarks: Any, tmp_path: Path) ->
     assert len(cases) == 5
     for case in cases:
         with pytest.raises(benchmarks.registry.SkippedError, match="CUDA"):
-            case.measure(run)
+            list(case.measure(run))
 
 
 def test_ways_take_turns_and_the_clock_is_asked(benchmarks: Any) -> None:

@@ -22,12 +22,14 @@ HOT_LOOP = {  # thread-instructions per weight on sm_90
     "binary": 0.06,
     "binary 24 bit": 0.075,
     "fused": 0.06,
-    "exact": 1.0,
-    "exact 3 parts": 1.4,
-    "exact with base": 1.0,
-    "prefill": 1.5,
-    "prefill 3 parts": 2.2,
-    "prefill with base": 1.5,
+    "exact": 0.85,
+    "exact 3 parts": 0.85,
+    "exact ragged": 0.9,
+    "exact with base": 0.85,
+    "prefill": 0.97,
+    "prefill 3 parts": 0.97,
+    "prefill ragged": 0.98,
+    "prefill with base": 0.97,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from bitdelta_compile.kernels import layout
@@ -54,6 +56,13 @@ def test_attached(pair: tuple[Net, bdc.Delta], device_layout: None) -> None:
     found = model(IDS, tenants=["a", None, "a"])
     signs = model._bank.stacks["up.weight"].signs
     assert tuple(signs.shape[2:]) == layout.packed_shape(N, K, layout.FRAGMENTS)
+    canonical = sum(
+        4 * math.prod(each.signs.shape[:2]) * each.base_rows * layout.words(each.in_features)
+        for each in model._bank.stacks.values()
+        if each.signs is not None
+    )
+    packed = sum(each.signs.nbytes for each in model._bank.stacks.values() if each.signs is not None)
+    assert model.padding_bytes == packed - canonical > 0
     torch.testing.assert_close(found[[0, 2]], dense(IDS)[[0, 2]], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[1], base(IDS)[1])
     assert not torch.allclose(dense(IDS), base(IDS), atol=0.05)

@@ -80,11 +80,10 @@ def test_dtypes_and_strides(bank, packed, dtype, path):
 
 
 POPULARITY = {
-    "distinct": [*range(9)],
-    "uniform": [7, 2, 2, 0, 5, 7, 3, 1, 8],
-    "zipf": [0, 0, 0, 0, 0, 1, 1, 1, 4],
-    "identical": [6] * 9,
-    "skewed, with the base": [2, -1, 2, 2, -1, 2, 2, 2, 5],
+    "distinct": [*range(6)],
+    "zipf": [0, 4, 0, 1, 0, 1],
+    "identical": [6] * 6,
+    "skewed, with the base": [2, -1, 2, 2, -1, 5],
 }
 
 
@@ -95,17 +94,17 @@ def test_a_row_does_not_depend_on_its_neighbours(bank, packed, popularity, kind)
     index = POPULARITY[popularity]
     unused = sorted(set(range(9)) - set(index))
     tensors = bank(9, 1, 20, 140, poisoned=unused)
-    x = torch.randn(9, 140, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(6, 140, generator=torch.Generator().manual_seed(3))
     tenant = torch.tensor(index, dtype=torch.int32)
     found = delta_linear.delta_linear(x, *packed(tensors, 140), tenant, plan)
     clean = bank(9, 1, 20, 140)
     assert worst(found, reference.delta_linear(x, *clean, tenant)) < tolerance
-    alone = torch.full((9,), -1, dtype=torch.int32)
-    alone[5] = index[5]
-    noise = torch.randn(9, 140)
-    noise[5] = x[5]
+    alone = torch.full((6,), -1, dtype=torch.int32)
+    alone[3] = index[3]
+    noise = torch.randn(6, 140)
+    noise[3] = x[3]
     again = delta_linear.delta_linear(noise, *packed(clean, 140), alone, plan)
-    assert torch.equal(again[5], found[5])
+    assert torch.equal(again[3], found[3])
     assert not again[alone < 0].any()
 
 
@@ -150,16 +149,28 @@ def test_rows_of_no_size_are_zero(bank, packed):
         (exact(SMALL, 1), torch.bfloat16, None, 1e-6),
         (exact(SMALL, 2), torch.float16, None, 1e-6),
         (exact(SMALL, 3), torch.float32, None, 1e-5),
+        (exact(SMALL, 1), torch.bfloat16, 300.0, 1e-6),
     ],
     ids=str,
 )
 def test_promised_numerics(bank, packed, plan, dtype, outlier, limit):
-    tensors = bank(1, 1, 256, 4096)
+    tensors = bank(1, 1, 96, 4096)
     x = torch.randn(2, 4096, generator=torch.Generator().manual_seed(5)).to(dtype)
     if outlier is not None:
         x[:, 1234] = outlier
     found = delta_linear.delta_linear(x, *packed(tensors, 4096), None, plan, dtype=torch.float32)
     assert worst(found, reference.delta_linear(x, *tensors)) < limit
+
+
+def test_the_mean_of_x_adds_no_error(bank, packed):
+    """What products of bits that are 0 or 1 have too much would be large: the sum of x."""
+    tensors = bank(1, 1, 32, 4096)
+    x = torch.randn(2, 4096, generator=torch.Generator().manual_seed(5))
+    x[0] += 3.0
+    x[1] += 3.0 - 6.0 * (torch.arange(4096) % 2)
+    x = x.bfloat16()
+    found = delta_linear.delta_linear(x, *packed(tensors, 4096), None, exact(SMALL, 1), dtype=torch.float32)
+    assert worst(found, reference.delta_linear(x, *tensors)) < 1e-6
 
 
 @pytest.mark.parametrize("plan", [binary(configs.BINARY_DECODE[1]), exact(SMALL, 1)], ids=str)
@@ -173,9 +184,10 @@ def test_the_widest_rows(bank, packed, plan):
 
 def test_many_rows_and_slots(bank, packed):
     tensors = bank(64, 1, 16, 40)
-    tenant = torch.randint(-1, 65, (257,), generator=torch.Generator().manual_seed(6), dtype=torch.int32)
+    used = torch.tensor([63, -1, 0, 17, 64, 18, -1], dtype=torch.int32)
+    tenant = used[torch.randint(7, (257,), generator=torch.Generator().manual_seed(6))]
     x = torch.randn(257, 40, generator=torch.Generator().manual_seed(7))
-    plan = exact(dataclasses.replace(SMALL, BM=16), 3, is_sorted=True)
+    plan = exact(dataclasses.replace(SMALL, BM=32), 3, is_sorted=True)
     found = delta_linear.delta_linear(x, *packed(tensors, 40), tenant, plan)
     assert worst(found, reference.delta_linear(x, *tensors, tenant)) < 2e-6
 

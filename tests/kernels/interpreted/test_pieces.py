@@ -30,7 +30,7 @@ def test_bits_are_the_same_numbers_in_every_form():
         found[form] = out.view(torch.bfloat16).double()
     assert torch.equal(found["asm"], found["plain"])
     for bit in range(16):
-        is_set = (words.int() >> bit & 1).double()
+        is_set = ((words.int() >> bit & 1) ^ (tile.COMPLEMENTED.value >> bit & 1)).double()
         exponent = (1 << (bit - 7 if bit >= 7 else bit + 1)) - 127
         expected = 2 * is_set - 1 if bit == 15 else is_set * 2.0**exponent
         assert torch.equal(found["plain"][bit], expected)
