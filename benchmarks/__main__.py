@@ -11,6 +11,7 @@ from . import (  # noqa: F401  each registers its cases
     compile_overhead,
     compress_memory,
     delta_op,
+    delta_sums,
     fidelity,
     generation,
     gpu_agree,
