@@ -88,7 +88,7 @@ class Compiled(NamedTuple):
 
     Attributes:
         graphs: that Dynamo has brought.
-        compilations: by Inductor, found in its cache or not.
+        compilations: by Inductor, found in one of its caches or not.
         records: of CUDA graphs by Inductor; 0 without a CUDA device.
     """
 
@@ -104,8 +104,11 @@ def compiled_so_far() -> Compiled:
     """The counts of this process."""
     from torch._dynamo.utils import compilation_time_metrics, counters
 
-    timed = (len(compilation_time_metrics.get(name, ())) for name in ("compile_fx_inner", "CUDAGraphNode.record"))
-    return Compiled(counters["stats"]["unique_graphs"], *timed)
+    made, records = (
+        len(compilation_time_metrics.get(name, ())) for name in ("compile_fx_inner", "CUDAGraphNode.record")
+    )
+    found = counters["aot_autograd"]["autograd_cache_hit"]  # Inductor's own cache is looked into further down
+    return Compiled(counters["stats"]["unique_graphs"], made + found, records)
 
 
 def last_graph_allowed() -> bool:
