@@ -12,6 +12,7 @@ from . import (  # noqa: F401  each registers its cases
     compress_memory,
     compress_resume,
     delta_op,
+    delta_sums,
     fidelity,
     generation,
     gpu_agree,

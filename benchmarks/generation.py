@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitdelta_compile.lowering.torch_internals import compiled_so_far
 from torch import Tensor
 
 import bitdelta_compile as bdc
@@ -19,7 +20,6 @@ from bitdelta_compile.delta import Delta
 from . import finetune
 from .plots import bars
 from .registry import Record, Run, case, require
-from .tenants import compilations
 from .timing import side_by_side
 
 TIE = 1e-3  # logits nearer than that are a tie, which rounding decides
@@ -58,9 +58,9 @@ def measure(run: Run) -> list[Record]:
     parts = {name: padded(prompts[name][:count], longest) for name in names}
 
     model: Any = bdc.attach(base, deltas, slots=4)
-    start, before = time.perf_counter(), compilations()
+    start, before = time.perf_counter(), compiled_so_far()
     found = model.generate(**inputs, tenants=tenants, max_new_tokens=new, do_sample=False)
-    compile_seconds, graphs = time.perf_counter() - start, compilations()["dynamo"] - before["dynamo"]
+    compile_seconds, graphs = time.perf_counter() - start, (compiled_so_far() - before).graphs
     print(f"  attached: first call {compile_seconds:.1f} s, {graphs} graphs", flush=True)
     equal = 0
     for row, (name, at) in enumerate(rows):

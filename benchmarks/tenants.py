@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitdelta_compile.lowering.torch_internals import compiled_so_far
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import bitdelta_compile as bdc
 
@@ -66,7 +66,7 @@ def latency(run: Run) -> list[Record]:
             start = time.perf_counter()
             way()
             print(f"  {name}, {rows} rows: first call {time.perf_counter() - start:.1f} s", flush=True)
-    before = compilations()
+    before = compiled_so_far()
     records = []
     for rows in (4,) if run.quick else (8, 64):
         for tenants in (each for each in (1, 2, 4, 8, 16, 32, 64) if each <= min(rows, count)):
@@ -77,7 +77,8 @@ def latency(run: Run) -> list[Record]:
             seconds = side_by_side(ways, repeats=_repeats(ways, quick=run.quick), warmup=1)
             records.append({"batch": rows, "tenants": tenants, "error_of_gap": error, **_figures(seconds)})
             print(f"  batch {rows}, {tenants} tenants: {records[-1]['ratio']:.2f} times the base", flush=True)
-    require(compilations() == before, f"something was compiled between the figures: {before}, {compilations()}")
+    more = compiled_so_far() - before
+    require(not any(more), f"something was compiled between the figures: {more}")
     return records
 
 
@@ -106,9 +107,7 @@ def _ways(
                 ours.copy_(theirs)
             swapped(**part)
 
-    # The attached model marks its inputs' batch as dynamic: to graphs of others that is another kind of input.
-    own = {key: value.clone() for key, value in inputs.items()}
-    ways: Ways = {"base": lambda: call(base, inputs), "attached": lambda: model(**own, tenants=names)}
+    ways: Ways = {"base": lambda: call(base, inputs), "attached": lambda: model(**inputs, tenants=names)}
     if max(groups) < len(dense):
         ways["separate"] = lambda: [call(apart[group], part) for group, part in zip(groups, parts, strict=True)]
         ways["swap"] = swap
@@ -143,15 +142,6 @@ def _figures(seconds: dict[str, float]) -> Record:
     return {**figures, "ratio": seconds["attached"] / seconds["base"]}
 
 
-def compilations() -> dict[str, int]:
-    """Graphs that Dynamo has captured and that Inductor has compiled, or found in its cache, in this process."""
-    inductor = counters["inductor"]
-    return {
-        "dynamo": counters["stats"]["unique_graphs"],
-        "inductor": sum(inductor[f"fxgraph_cache_{outcome}"] for outcome in ("hit", "miss", "bypass")),
-    }
-
-
 def plot_hot_add(records: list[Record], path: Path) -> None:
     names = ("read_cold_ms", "add_cold_ms", "read_warm_ms", "add_warm_ms", "replace_ms", "remove_ms")
     series = {name.removesuffix("_ms").replace("_", " "): [record[name] for record in records] for name in names}
@@ -182,7 +172,7 @@ def hot_add(run: Run) -> list[Record]:
         model = bdc.attach(base, {"stays": some.files[2]}, slots=slots)
         model(**inputs, tenants=["stays", None] * 2)
         print(f"  compiled for {slots} slots", flush=True)
-        compiled = compilations()
+        compiled = compiled_so_far()
         with tempfile.TemporaryDirectory(dir=run.cache) as scratch:
             files = [Path(scratch) / file.name for file in some.files[:2]]
             for copy, file in zip(files, some.files, strict=False):
@@ -195,8 +185,8 @@ def hot_add(run: Run) -> list[Record]:
             times: dict[str, list[float]] = {}
             for _ in range(3 if run.quick else 9):
                 _round(model, files, (first, second), rows_are, times)
-        more = {name: count - compiled[name] for name, count in compilations().items()}
-        require(not any(more.values()), f"tenants came and went, and there were compilations: {more}")
+        more = compiled_so_far() - compiled
+        require(not any(more), f"tenants came and went, and there were compilations: {more}")
         figures = {f"{name}_ms": sorted(values)[len(values) // 2] * 1e3 for name, values in times.items()}
         records.append(
             {
@@ -204,7 +194,7 @@ def hot_add(run: Run) -> list[Record]:
                 "file_bytes": some.files[0].stat().st_size,
                 **figures,
                 "add_over_read": figures["add_cold_ms"] / figures["read_cold_ms"],
-                "compiled_more": sum(more.values()),
+                "compiled_more": sum(more),
             }
         )
     return records

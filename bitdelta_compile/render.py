@@ -147,9 +147,9 @@ def many_tenants(found: ManyTenants) -> list[str]:
     changes, packaged = found.changes, found.packaged
     sentences = [
         f"While {changes.calls} calls ran, {changes.added} tenants were added ({changes.add_seconds * 1e3:.0f} ms "
-        f"each), {changes.replaced} replaced, {changes.removed} removed: {changes.graphs} graphs and "
-        f"{changes.compilations} compilations more, {changes.rows} of {changes.rows} rows bit for bit as when all rows "
-        "are of one tenant."
+        f"each), {changes.replaced} replaced, {changes.removed} removed: {changes.compiled.graphs} graphs, "
+        f"{changes.compiled.compilations} compilations and {changes.compiled.records} records of CUDA graphs more, "
+        f"{changes.rows} of {changes.rows} rows bit for bit as when all rows are of one tenant."
     ]
     if packaged is not None:
         sizes = ", ".join(map(str, packaged.batches))

@@ -86,24 +86,27 @@ class Ahead {
   uintptr_t row_ = 0, at_ = 0, end_ = 0;
 };
 
-// Sign words of one block, a lane per output: [kBlockWords][kBlockN].
+// The signs of one block as `Sums` arranges them; a lane per output: words [kBlockWords][kBlockN].
 struct Bits {
   alignas(64) uint32_t at[kBlockWords * kBlockN];
 };
 
-// Transposes `count` words of `outputs` rows of signs; absent outputs get zeros.
+// Four words of kBlockN rows, `stride` words apart, a lane per output.
+static BITDELTA_INLINE void transpose_block(const int32_t* p, int64_t stride, int64_t word, Bits& bits) {
+  for (int64_t row = 0; row < kBlockN; row += Lanes::lanes) Lanes::transpose(p + row * stride, stride, bits.at + word * kBlockN + row, kBlockN);
+}
+
+// Arranges `count` words of `outputs` rows of signs for `Sums`; absent outputs get zeros.
+template <typename Sums>
 static inline void load_bits(const int32_t* signs, int64_t W, int64_t count, int64_t outputs, Bits& bits) {
-  for (int64_t row = 0; row < kBlockN; row += Lanes::lanes) {
-    for (int64_t word = 0; word < count; word += 4) {
-      uint32_t* out = bits.at + word * kBlockN + row;
-      if (row + Lanes::lanes <= outputs && word + 4 <= count) {
-        Lanes::transpose(signs + row * W + word, W, out, kBlockN);
-      } else {
-        int32_t copy[Lanes::lanes * 4] = {};
-        for (int64_t r = 0; r < std::min(Lanes::lanes, outputs - row); ++r)
-          for (int64_t w = 0; w < std::min<int64_t>(4, count - word); ++w) copy[r * 4 + w] = signs[(row + r) * W + word + w];
-        Lanes::transpose(copy, 4, out, kBlockN);
-      }
+  for (int64_t word = 0; word < count; word += 4) {
+    if (outputs == kBlockN && word + 4 <= count) {
+      Sums::arrange(signs + word, W, word, bits);
+    } else {
+      int32_t copy[kBlockN * 4] = {};
+      for (int64_t row = 0; row < outputs; ++row)
+        for (int64_t w = 0; w < std::min<int64_t>(4, count - word); ++w) copy[row * 4 + w] = signs[row * W + word + w];
+      Sums::arrange(copy, 4, word, bits);
     }
   }
 }

@@ -49,7 +49,7 @@ inline namespace BITDELTA_ISA {
 struct Lanes {
   using Float = __m512;
   using Words = __m512i;
-  static constexpr int64_t lanes = 16, bits = 4, blocks = 4, rows = 4;
+  static constexpr int64_t lanes = 16, bits = 4, blocks = 4;
 
   static BITDELTA_INLINE Float zero() { return _mm512_setzero_ps(); }
   static BITDELTA_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
@@ -86,7 +86,7 @@ struct Lanes {
 struct Lanes {
   using Float = __m256;
   using Words = __m256i;
-  static constexpr int64_t lanes = 8, bits = 3, blocks = 4, rows = 2;
+  static constexpr int64_t lanes = 8, bits = 3, blocks = 4;
 
   static BITDELTA_INLINE Float zero() { return _mm256_setzero_ps(); }
   static BITDELTA_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
@@ -122,7 +122,7 @@ struct Lanes {
 };
 #else
 struct Lanes {
-  static constexpr int64_t lanes = 4, bits = 4, blocks = 2, rows = 1;
+  static constexpr int64_t lanes = 4, bits = 4, blocks = 2;
   struct Float { float at[lanes]; };
   struct Words { uint32_t at[lanes]; };
 

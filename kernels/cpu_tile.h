@@ -4,8 +4,8 @@
 //
 // from canonical sign words (kernels/layout.py: int32 [P, N, W], bit j of word w is feature 32 w + j, 1 is +1, 0 is -1).
 //
-// Method. The signed sums of a few features are tabulated once per row of x and looked up by the sign bits (cpu_sums.h: `Sums` is
-// ExactSums or RoundedSums). Bits of 4 words by `lanes` outputs are transposed so that a lane is an output; any number of rows
+// Method. The signed sums of a few features are tabulated once per row of x and looked up by the sign bits (`Sums`: ExactSums of
+// cpu_sums.h or RoundedSums of cpu_rounded.h). Bits of 4 words are transposed so that a lane is an output; any number of rows
 // then looks up the same bits. No unpacked weights, no multiplications by +-1.
 //
 // Order of arithmetic. y[m, n] is a chain over blocks of `block_words` words, then planes, of fma(row_scale, sum over the
@@ -16,7 +16,7 @@
 //     delta_tile<Sums>(Delta{signs, row_scale, planes, N, K}, col_scale_or_null, x, K, 1, index_or_null, rows, n0, n1, y, ldy)
 #pragma once
 
-#include "cpu_sums.h"
+#include "cpu_rounded.h"
 
 namespace bitdelta {
 inline namespace BITDELTA_ISA {
@@ -72,8 +72,8 @@ static inline void look_up_whole(const Bits& bits, int64_t count, const typename
     for (constexpr int64_t R = decltype(width)::value; r + R <= rows; r += R)
       Sums::template look_up<R>(bits, count, tables + r * stride, stride, row_scale, r == 0 ? &ahead : nullptr, y + r * ldy, ldy);
   };
-  if constexpr (Lanes::rows >= 4) step(std::integral_constant<int64_t, 4>{});
-  if constexpr (Lanes::rows >= 2) step(std::integral_constant<int64_t, 2>{});
+  if constexpr (Sums::rows >= 4) step(std::integral_constant<int64_t, 4>{});
+  if constexpr (Sums::rows >= 2) step(std::integral_constant<int64_t, 2>{});
   step(std::integral_constant<int64_t, 1>{});
 }
 
@@ -130,7 +130,7 @@ static inline void add_chunk(const Delta& d, const Chunk& chunk, const Tables<Su
       const int64_t count = std::min(Sums::block_words, stop - word);
       for (int64_t plane = chunk.plane; plane < chunk.end; ++plane) {
         if (d.absent(plane, n, outputs)) continue;
-        load_bits(d.signs + (plane * d.N + n) * W + word, W, count, outputs, bits);
+        load_bits<Sums>(d.signs + (plane * d.N + n) * W + word, W, count, outputs, bits);
         look_up_rows<Sums>(bits, count, tables.row(plane - chunk.plane, 0) + block, tables.blocks, tables.rows, d.row_scale + plane * d.N + n, outputs, ahead,
                            y + n - n0, ldy);
       }

@@ -110,7 +110,9 @@ class DeltaLinearTemplate(RowsTemplate):
     """One bitdelta::delta_linear."""
 
     source = "delta_linear.cpp.jinja"
-    headers = ("cpu_lanes.h", "cpu_delta.h", "cpu_sums.h", "cpu_tile.h", "cpu_lowrank.h", "cpu_groups.h")
+    headers = (
+        "cpu_lanes.h", "cpu_delta.h", "cpu_sums.h", "cpu_rounded.h", "cpu_tile.h", "cpu_lowrank.h", "cpu_groups.h",
+    )  # fmt: skip
 
     def __init__(self, inputs: dict[str, Any], layout: ir.Layout, *, features: int, exact: bool) -> None:
         super().__init__(inputs, layout, "delta_linear")

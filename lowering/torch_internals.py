@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx
@@ -81,6 +81,34 @@ def concrete(value: Any) -> Any:
             raise ValueError(f"size {value} is not known in this call")
         return int(hint)
     return value
+
+
+class Compiled(NamedTuple):
+    """What torch has compiled in this process since its last `torch._dynamo.reset()`; `-` gives what came between.
+
+    Attributes:
+        graphs: that Dynamo has brought.
+        compilations: by Inductor, found in one of its caches or not.
+        records: of CUDA graphs by Inductor; 0 without a CUDA device.
+    """
+
+    graphs: int
+    compilations: int
+    records: int
+
+    def __sub__(self, before: Compiled) -> Compiled:
+        return Compiled(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+def compiled_so_far() -> Compiled:
+    """The counts of this process."""
+    from torch._dynamo.utils import compilation_time_metrics, counters
+
+    made, records = (
+        len(compilation_time_metrics.get(name, ())) for name in ("compile_fx_inner", "CUDAGraphNode.record")
+    )
+    found = counters["aot_autograd"]["autograd_cache_hit"]  # Inductor's own cache is looked into further down
+    return Compiled(counters["stats"]["unique_graphs"], made + found, records)
 
 
 def last_graph_allowed() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bitdelta_compile.lowering.torch_internals import Compiled
 from typer.testing import CliRunner, Result
 
 from bitdelta_compile import demo, doctor, fidelity, materials
@@ -313,7 +314,7 @@ def found_by_the_demo(out: Path) -> demo.DemoResult:
         demo_rows.Row("sre", "[one] two three four five", 2e-6, 0.11, {"base": 0.97}),
         demo_rows.Row("base", "six", 3e-6, None, {"sre": 1.25}),
     ]
-    changes = demo_tenants.Changes(24, 48, 21, 20, 21, 0.012, 0, 0)
+    changes = demo_tenants.Changes(24, 48, 21, 20, 21, 0.012, Compiled(0, 0, 0))
     packaged = demo_package.Packaged("tenants.pt2", 98_000_000, (6, 5, 1), 4e-6, 5e-6, 8.0, 31.0)
     many = demo_tenants.ManyTenants(rows, changes, packaged)
     return demo.DemoResult([tenant], many, "linear = delta_linear", [out / "fidelity.png"])

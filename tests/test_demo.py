@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bitdelta_compile.lowering.torch_internals import Compiled
 from PIL import Image
 from torch import Tensor
 
@@ -93,7 +94,7 @@ def test_the_second_half_without_inductor(material: Material, tmp_path: Path) ->
     assert all(row.own < 1e-4 for row in found.rows)
     assert [row.published is None for row in found.rows[:3]] == [False, True, False]
     changes = found.changes
-    assert (changes.graphs, changes.compilations) == (0, 0)
+    assert changes.compiled == (0, 0, 0)
     assert min(changes.calls, changes.replaced) >= demo_tenants.QUICK_ROUNDS
     assert changes.added == changes.removed == changes.replaced + 1
     assert changes.rows == 6 * changes.calls
@@ -181,7 +182,7 @@ class StandIn:
 
 
 def change(model: StandIn, monkeypatch: pytest.MonkeyPatch) -> demo_tenants.Changes:
-    monkeypatch.setattr(demo_tenants, "compiled_so_far", lambda: (model.compiled, model.compiled))
+    monkeypatch.setattr(demo_tenants, "compiled_so_far", lambda: Compiled(*[model.compiled] * 3))
     batch, tenants = {"input_ids": torch.ones(3, 4, 2)}, ["sre", None, "rohan"]
     stand_in: Any = model
     found = demo_rows.hidden(stand_in, batch, tenants=tenants)
@@ -193,7 +194,7 @@ def test_changes_while_running_leave_nothing_behind(monkeypatch: pytest.MonkeyPa
     model = StandIn()
     changes = change(model, monkeypatch)
     assert set(model.numbers) == {"sre", "rohan", None}
-    assert changes.graphs == changes.compilations == 0
+    assert changes.compiled == (0, 0, 0)
     assert changes.added == changes.removed == changes.replaced + 1 >= 6
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import fidelity
 from ..fidelity import Batch
+from ..lowering.torch_internals import Compiled, compiled_so_far
 from ..progress import Progress
 from . import package as demo_package
 from .package import Packaged
@@ -39,7 +40,7 @@ class Changes:
         calls, rows: of the thread that called; every row was compared bit for bit.
         added, replaced, removed: tenants.
         add_seconds: median time of an addition, reading the file included.
-        graphs, compilations: of Dynamo and of Inductor meanwhile.
+        compiled: meanwhile; nothing.
     """
 
     calls: int
@@ -48,8 +49,7 @@ class Changes:
     replaced: int
     removed: int
     add_seconds: float
-    graphs: int
-    compilations: int
+    compiled: Compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +148,8 @@ def change_while_running(
     """
     alone = {name: hidden(model, batch, tenants=[name] * len(tenants)) for name in {None, *tenants}}
     check_alone(found, tenants, alone)
-    graphs, compilations = compiled_so_far()
-    if not graphs or (compiled and not compilations):
+    before = compiled_so_far()
+    if not before.graphs or (compiled and not before.compilations):
         raise DemoFailedError("this torch does not count its graphs and compilations where they are looked for")
     names = [*files]
     model.add(_SWAPPED, files[names[0]])
@@ -183,10 +183,11 @@ def change_while_running(
             stop.set()
         running.result()
     model.remove(_SWAPPED)
-    graphs, compilations = (now - before for now, before in zip(compiled_so_far(), (graphs, compilations), strict=True))
-    if graphs or compilations:
+    more = compiled_so_far() - before
+    if any(more):
         raise DemoFailedError(
-            f"changes of tenants made Dynamo bring {graphs} graphs and Inductor compile {compilations}: none is needed"
+            f"changes of tenants made Dynamo bring {more.graphs} graphs and Inductor compile {more.compilations} and "
+            f"record {more.records} CUDA graphs: none is needed"
         )
     return Changes(
         calls=calls[0],
@@ -195,13 +196,5 @@ def change_while_running(
         replaced=made,
         removed=made + 1,
         add_seconds=statistics.median(seconds),
-        graphs=graphs,
-        compilations=compilations,
+        compiled=more,
     )
-
-
-def compiled_so_far() -> tuple[int, int]:
-    """Graphs that Dynamo has brought, and compilations by Inductor, found in its cache or not."""
-    from torch._dynamo.utils import compilation_time_metrics, counters
-
-    return counters["stats"]["unique_graphs"], len(compilation_time_metrics.get("compile_fx_inner", ()))

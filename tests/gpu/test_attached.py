@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bitdelta_compile.kernels import layout
+from bitdelta_compile.lowering.torch_internals import compiled_so_far
 from transformers import AutoModelForCausalLM
 
 import bitdelta_compile as bdc
@@ -37,6 +38,30 @@ def test_rows_of_the_base_and_of_a_tenant(models):
         again = model(input_ids=ids, tenants=["again", None]).logits
     torch.testing.assert_close(again, found)
     assert model._graphs.graphs == graphs
+
+
+def test_tenants_come_and_go_under_cuda_graphs(models):
+    """After the warm-up: no graph, no compilation, no record more, and the rows are the new tenants'."""
+    base, delta, _ = models
+    model = bdc.attach(base, {"tuned": delta}, slots=4, options={"triton.cudagraphs": True})
+    ids = torch.randint(64, (2, 9), device="cuda")
+
+    def logits(*tenants):
+        torch.compiler.cudagraph_mark_step_begin()
+        return model(input_ids=ids, tenants=tenants).logits.clone()
+
+    for _ in range(4):
+        expected = logits("tuned", None)
+    compiled = compiled_so_far()
+    assert min(compiled) > 0
+    for _ in range(3):
+        model.add("again", delta)
+        assert torch.equal(logits("again", None), expected)
+        model.replace("again", delta)
+        assert torch.equal(logits("again", None), expected)
+        model.remove("again")
+        assert torch.equal(logits("tuned", None), expected)
+    assert compiled_so_far() == compiled
 
 
 def test_generate(models):

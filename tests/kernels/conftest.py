@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -37,17 +38,17 @@ def _cpu_flags() -> set[str]:
     return next((set(line.split()) for line in info.read_text().splitlines() if line.startswith("flags")), set())
 
 
-@pytest.fixture(scope="module", params=sorted(FLAGS))
-def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """`build(source)`: C++ that may include kernels/*.h, compiled for one instruction set and loaded."""
-    isa: str = request.param
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
-    if not NEEDS[isa] <= _cpu_flags():
-        pytest.skip(f"this CPU lacks {isa}")
-    folder = tmp_path_factory.mktemp(isa)
+@pytest.fixture(scope="session")
+def build_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], ctypes.CDLL]:
+    """`build_for(isa, source)`: C++ that may include kernels/*.h, compiled for that instruction set and loaded."""
 
-    def call(source: str) -> ctypes.CDLL:
+    @functools.cache
+    def call(isa: str, source: str) -> ctypes.CDLL:
+        if COMPILER is None:
+            pytest.skip("no C++ compiler")
+        if not NEEDS[isa] <= _cpu_flags():
+            pytest.skip(f"this CPU lacks {isa}")
+        folder = tmp_path_factory.mktemp(isa)
         (folder / "source.cpp").write_text(source)
         define = f"-DBITDELTA_{isa.removesuffix('_BF16')}=1"
         options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-fopenmp", *FLAGS[isa], define, f"-I{HEADERS}"]
@@ -57,3 +58,9 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         return ctypes.CDLL(str(folder / "built.so"))
 
     return call
+
+
+@pytest.fixture(scope="module", params=sorted(FLAGS))
+def build(request: pytest.FixtureRequest, build_for: Callable[[str, str], ctypes.CDLL]) -> Build:
+    """`build(source)`: `build_for` each instruction set."""
+    return functools.partial(build_for, request.param)

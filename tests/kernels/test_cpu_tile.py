@@ -37,10 +37,8 @@ EXPORT(rounded_bfloat16, RoundedSums, BFloat16)
 Tiles = Callable[..., Tensor]
 
 
-@pytest.fixture(scope="module")
-def all_tiles(build: Callable[[str], ctypes.CDLL]) -> Tiles:
-    """`all_tiles(sums, x, signs, row_scale, col_scale, index, step_m, step_n)`: x[index], fp32, tile by tile."""
-    library = build(WRAPPER)
+def tiles_of(library: ctypes.CDLL) -> Tiles:
+    """`tiles(sums, x, signs, row_scale, col_scale, index, step_m, step_n)`: x[index], fp32, tile by tile."""
 
     def call(
         sums: str,
@@ -61,6 +59,12 @@ def all_tiles(build: Callable[[str], ctypes.CDLL]) -> Tiles:
         return y
 
     return call
+
+
+@pytest.fixture(scope="module")
+def all_tiles(build: Callable[[str], ctypes.CDLL]) -> Tiles:
+    """`tiles_of` each instruction set."""
+    return tiles_of(build(WRAPPER))
 
 
 @pytest.fixture(params=["exact", "rounded"])
@@ -129,6 +133,22 @@ def test_rounding_is_that_of_bf16(all_tiles: Tiles) -> None:
     found = all_tiles("rounded", x, signs, row_scale, None, torch.arange(8), 8, 256).double()
     rounded = expected.bfloat16().double()
     assert (found - expected).norm() <= 1.5 * (rounded - expected).norm()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 3, 17, 33), (5, 2, 130, 513), (3, 18, 70, 600)])
+def test_rounded_sums_do_not_depend_on_the_instruction_set(
+    build_for: Callable[[str, str], ctypes.CDLL], shape: tuple[int, int, int, int], dtype: torch.dtype, scaled: bool
+) -> None:
+    x, signs, row_scale, col_scale = _case(*shape, dtype, scaled)
+    x[0, 0] = torch.inf
+    x[-1, -1] = torch.nan
+    found = [
+        tiles_of(build_for(isa, WRAPPER))("rounded", x, signs, row_scale, col_scale, torch.arange(shape[0]), 3, 64)
+        for isa in ("AVX2", "AVX512")
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-20, 1e20, 1e35])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import inspect
 import logging
 
 import pytest
 import torch
 from bitdelta_compile.lowering import inductor, torch_internals
+from torch._inductor import cudagraph_trees
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,21 @@ def test_a_torch_that_moved_the_template_is_a_clear_error(monkeypatch):
     with pytest.raises(RuntimeError, match=r"CppTemplate.*use torch 2.11 to 2.15, or options=.*eager") as caught:
         inductor._linear_template()
     assert torch.__version__ in str(caught.value)
+
+
+def test_graphs_compilations_and_records_are_counted():
+    for _ in range(2):  # the second time Inductor's result is in a cache
+        torch._dynamo.reset()
+        before = torch_internals.compiled_so_far()
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+        assert torch_internals.compiled_so_far() - before == (1, 0, 0)
+        torch.compile(lambda x: x + 2)(torch.ones(2))
+        assert torch_internals.compiled_so_far() - before == (2, 1, 0)
+    # What records a CUDA graph without a CUDA device: the span of time that Inductor measures around a recording.
+    assert 'dynamo_timed_cudagraph("CUDAGraphNode.record"' in inspect.getsource(cudagraph_trees.CUDAGraphNode.__init__)
+    with cudagraph_trees.dynamo_timed_cudagraph("CUDAGraphNode.record", None, None):
+        pass
+    assert torch_internals.compiled_so_far() - before == (2, 1, 1)
 
 
 def test_concrete_sizes_and_fake_tensors():

@@ -24,48 +24,8 @@ V = 60
 PROMPTS = ([7, 8, 9, 10, 11, 12], [13, 14, 15], [16, 17, 18, 19])
 
 
-def llama(**kwargs: Any) -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, **kwargs,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def qwen2() -> Any:
-    config = transformers.Qwen2Config(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5, pad_token_id=0, eos_token_id=2,
-    )  # fmt: skip
-    return transformers.Qwen2ForCausalLM(config)
-
-
-def gpt2() -> Any:
-    config = transformers.GPT2Config(
-        vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.5, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config)
-
-
-def t5() -> Any:
-    config = transformers.T5Config(
-        vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, initializer_factor=3.0,
-        decoder_start_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = transformers.T5ForConditionalGeneration(config)
-    # Its own initialisation answers every prompt with one token over and over.
-    torch.nn.init.normal_(model.lm_head.weight)
-    return model
-
-
-ARCHITECTURES: dict[str, Callable[[], Any]] = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2, "t5": t5}
-
-
-def made(kind: str = "llama") -> Any:
-    torch.manual_seed(0)
-    return ARCHITECTURES[kind]().eval()
+ARCHITECTURES = ("llama", "qwen2", "gpt2", "t5")
+Made = Callable[..., Any]
 
 
 class Shifts:
@@ -169,7 +129,7 @@ def check_rows(found: list[list[int]], expected: Sequence[list[list[int]]], pads
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("how", ["greedy", "static", "uncached", "beams", "returned"])
-def test_each_row_is_its_dense_model_alone(kind: str, how: str) -> None:
+def test_each_row_is_its_dense_model_alone(kind: str, how: str, made: Made) -> None:
     base = made(kind)
     shifts = Shifts(base)
     kwargs: dict[str, Any] = {
@@ -193,7 +153,7 @@ def test_each_row_is_its_dense_model_alone(kind: str, how: str) -> None:
     assert {module for module, _ in shifts.calls} == {base, *([base.get_encoder()] if kind == "t5" else [])}
 
 
-def test_a_row_with_many_end_tokens_keeps_as_many_beams_as_alone() -> None:
+def test_a_row_with_many_end_tokens_keeps_as_many_beams_as_alone(made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     settings = configs(base, eos_token_id=[2, list(range(58)), [3, 4]])
@@ -204,7 +164,7 @@ def test_a_row_with_many_end_tokens_keeps_as_many_beams_as_alone() -> None:
     check_rows(new(base, found), expected, (2, 0, 3))
 
 
-def test_rows_may_be_repeated_and_the_base_among_them() -> None:
+def test_rows_may_be_repeated_and_the_base_among_them(made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     shifts.logits[0] = 0.0
@@ -221,7 +181,7 @@ def test_rows_may_be_repeated_and_the_base_among_them() -> None:
     check_rows(found, expected, (55, 53, 55))
 
 
-def test_logits_and_scores_are_those_of_the_dense_models() -> None:
+def test_logits_and_scores_are_those_of_the_dense_models(made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     settings = configs(base, eos_token_id=[2, [3, 4], 5], suppress_tokens=[None, [20], [21]])
@@ -255,7 +215,7 @@ ROW_SETTINGS: dict[str, tuple[Any, Any, Any]] = {
 
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("name", ROW_SETTINGS)
-def test_settings_that_process_logits_are_each_tenants_own(name: str, beams: int) -> None:
+def test_settings_that_process_logits_are_each_tenants_own(name: str, beams: int, made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     settings = configs(base, **{name: ROW_SETTINGS[name]}, eos_token_id=[30, [31], [32, 33]])
@@ -274,7 +234,7 @@ def test_settings_that_process_logits_are_each_tenants_own(name: str, beams: int
 
 
 @pytest.mark.parametrize("name", ["encoder_repetition_penalty", "encoder_no_repeat_ngram_size"])
-def test_settings_about_the_encoders_tokens_are_each_tenants_own(name: str) -> None:
+def test_settings_about_the_encoders_tokens_are_each_tenants_own(name: str, made: Made) -> None:
     base = made("t5")
     shifts = Shifts(base)
     shifts.logits[:, PROMPTS[1]] += 12.0
@@ -293,7 +253,7 @@ def test_settings_about_the_encoders_tokens_are_each_tenants_own(name: str) -> N
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_penalties_of_padded_rows_are_those_of_a_padded_dense_batch(beams: int) -> None:
+def test_penalties_of_padded_rows_are_those_of_a_padded_dense_batch(beams: int, made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     settings = configs(base, repetition_penalty=[1.5, 3.0, 2.0])
@@ -306,7 +266,7 @@ def test_penalties_of_padded_rows_are_those_of_a_padded_dense_batch(beams: int) 
         assert found[row, : len(expected)].tolist() == expected[: found.shape[1]].tolist()
 
 
-def test_minimum_length_holds_back_each_tenants_own_end() -> None:
+def test_minimum_length_holds_back_each_tenants_own_end(made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     settings = ending(base, shifts)
@@ -317,7 +277,7 @@ def test_minimum_length_holds_back_each_tenants_own_end() -> None:
     check_rows(new(base, found), expected, (53, 54, 55))
 
 
-def test_start_tokens_of_encoder_decoders_are_each_tenants_own() -> None:
+def test_start_tokens_of_encoder_decoders_are_each_tenants_own(made: Made) -> None:
     base = made("t5")
     shifts = Shifts(base)
     settings = configs(base, decoder_start_token_id=[0, 40, 41], forced_bos_token_id=[None, 30, 31])
@@ -328,7 +288,7 @@ def test_start_tokens_of_encoder_decoders_are_each_tenants_own() -> None:
     check_rows(new(base, found), expected, (0, 0, 0))
 
 
-def test_padding_without_a_mask_is_found_by_each_tenants_own_pad_token() -> None:
+def test_padding_without_a_mask_is_found_by_each_tenants_own_pad_token(made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     settings = ending(base, shifts)
@@ -339,7 +299,7 @@ def test_padding_without_a_mask_is_found_by_each_tenants_own_pad_token() -> None
     check_rows(new(base, found), expected, (53, 54, 55))
 
 
-def test_settings_that_all_rows_share_apply_though_the_base_has_others() -> None:
+def test_settings_that_all_rows_share_apply_though_the_base_has_others(made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     settings = configs(base, num_beams=[3] * 3, max_new_tokens=[9] * 3, length_penalty=[2.0] * 3)
@@ -357,7 +317,7 @@ def test_settings_that_all_rows_share_apply_though_the_base_has_others() -> None
         ("use_cache", (True, True, False)),
     ],
 )
-def test_settings_of_the_shared_loop_must_agree_or_be_given(name: str, values: tuple[Any, ...]) -> None:
+def test_settings_of_the_shared_loop_must_agree_or_be_given(name: str, values: tuple[Any, ...], made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     plan = profiles(configs(base, **{name: values}))
@@ -370,7 +330,7 @@ def test_settings_of_the_shared_loop_must_agree_or_be_given(name: str, values: t
     assert generate(base, shifts.forward([0, 1, 2]), plan, arguments).shape[0] == 3
 
 
-def test_the_default_length_counts_new_tokens_for_the_base_and_its_tenants() -> None:
+def test_the_default_length_counts_new_tokens_for_the_base_and_its_tenants(made: Made) -> None:
     base = made()
     plan = [Profile(None), *profiles(configs(base))[1:]]
     with pytest.warns(UserWarning, match="model-agnostic default"):
@@ -378,7 +338,7 @@ def test_the_default_length_counts_new_tokens_for_the_base_and_its_tenants() -> 
     assert found.shape == (3, 26)
 
 
-def test_settings_without_effect_may_differ() -> None:
+def test_settings_without_effect_may_differ(made: Made) -> None:
     base = made()
     free = {"length_penalty": [1.0, 2.0, 3.0], "num_assistant_tokens": [5, 6, 7], "chat_format": ["a", "b", "c"]}
     plan = profiles(configs(base, max_length=[30, None, 40], min_length=[0, 5, 6], **free))
@@ -386,7 +346,7 @@ def test_settings_without_effect_may_differ() -> None:
     assert generate(base, Shifts(base).forward([0, 1, 2]), plan, {**batch(base), **kwargs}).shape == (3, 9)
 
 
-def test_settings_given_to_the_call_are_everyones() -> None:
+def test_settings_given_to_the_call_are_everyones(made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     settings = ending(base, shifts)
@@ -415,7 +375,7 @@ def sampled(base: Any, settings: Sequence[Any], rows: Sequence[int], found_by: S
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_a_row_draws_what_its_dense_model_draws_alone_from_the_same_seed(kind: str) -> None:
+def test_a_row_draws_what_its_dense_model_draws_alone_from_the_same_seed(kind: str, made: Made) -> None:
     base = made(kind)
     shifts = Shifts(base)
     settings = configs(
@@ -432,7 +392,7 @@ def test_a_row_draws_what_its_dense_model_draws_alone_from_the_same_seed(kind: s
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_return_sequences": 3}, {"num_beams": 3}])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_rows_draws_do_not_depend_on_its_neighbours(kwargs: dict[str, Any], mixed: bool) -> None:
+def test_a_rows_draws_do_not_depend_on_its_neighbours(kwargs: dict[str, Any], mixed: bool, made: Made) -> None:
     base = made()
     settings: Any = configs(base, temperature=[4.0] * 3)
     if mixed:
@@ -455,7 +415,7 @@ def test_a_rows_draws_do_not_depend_on_its_neighbours(kwargs: dict[str, Any], mi
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_generators_end_alike_however_long_the_neighbours_go_on(beams: int) -> None:
+def test_generators_end_alike_however_long_the_neighbours_go_on(beams: int, made: Made) -> None:
     base = made()
     settings = configs(base, temperature=[4.0] * 3, eos_token_id=[list(range(30)), None, None])
     states = []
@@ -468,7 +428,7 @@ def test_generators_end_alike_however_long_the_neighbours_go_on(beams: int) -> N
     assert torch.equal(*states)
 
 
-def test_without_generators_torchs_seed_decides() -> None:
+def test_without_generators_torchs_seed_decides(made: Made) -> None:
     base = made()
     plan = profiles(configs(base, temperature=[4.0] * 3))
     found = []
@@ -480,7 +440,7 @@ def test_without_generators_torchs_seed_decides() -> None:
     assert not torch.equal(found[0], found[2])
 
 
-def test_rows_that_sample_and_rows_that_do_not_share_a_call() -> None:
+def test_rows_that_sample_and_rows_that_do_not_share_a_call(made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     settings = configs(base, do_sample=[True, False, True], temperature=[3.0, 1.0, 3.0])
@@ -496,7 +456,7 @@ def test_rows_that_sample_and_rows_that_do_not_share_a_call() -> None:
         assert not torch.equal(found[0][2], found[1][2])
 
 
-def test_sampled_scores_are_those_drawn_from() -> None:
+def test_sampled_scores_are_those_drawn_from(made: Made) -> None:
     base = made()
     seen = []
 
@@ -530,7 +490,9 @@ def test_sampled_scores_are_those_drawn_from() -> None:
         ),
     ],
 )
-def test_generators_that_do_not_fit_the_rows(generators: Callable[[], list[torch.Generator]], message: str) -> None:
+def test_generators_that_do_not_fit_the_rows(
+    generators: Callable[[], list[torch.Generator]], message: str, made: Made
+) -> None:
     base = made()
     with pytest.raises(BitDeltaError, match=message):
         generate(
@@ -545,7 +507,7 @@ def test_generators_that_do_not_fit_the_rows(generators: Callable[[], list[torch
 # What the caller passes in
 
 
-def test_the_callers_processors_and_criteria_see_all_rows() -> None:
+def test_the_callers_processors_and_criteria_see_all_rows(made: Made) -> None:
     base = made()
     shapes = []
 
@@ -567,7 +529,7 @@ def test_the_callers_processors_and_criteria_see_all_rows() -> None:
     assert shapes == [(3, [1, 2, 3])] * 5
 
 
-def test_a_processor_of_the_callers_replaces_the_settings_one_of_its_kind() -> None:
+def test_a_processor_of_the_callers_replaces_the_settings_one_of_its_kind(made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     settings = configs(base, suppress_tokens=[list(range(50)), list(range(20)), None])
@@ -580,7 +542,7 @@ def test_a_processor_of_the_callers_replaces_the_settings_one_of_its_kind() -> N
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
-def test_prefix_functions_get_the_entry_of_the_whole_batch(kwargs: dict[str, Any]) -> None:
+def test_prefix_functions_get_the_entry_of_the_whole_batch(kwargs: dict[str, Any], made: Made) -> None:
     base = made()
     settings = configs(base, eos_token_id=[2, 3, 2])
     times = kwargs.get("num_return_sequences", 1)
@@ -595,7 +557,7 @@ def test_prefix_functions_get_the_entry_of_the_whole_batch(kwargs: dict[str, Any
         assert set(row) <= {20 + entry, 30 + entry}
 
 
-def test_a_streamer_gets_a_rows_tokens_as_they_come() -> None:
+def test_a_streamer_gets_a_rows_tokens_as_they_come(made: Made) -> None:
     base = made()
     got: list[list[int]] = []
 
@@ -610,7 +572,7 @@ def test_a_streamer_gets_a_rows_tokens_as_they_come() -> None:
     assert got == [PROMPTS[1], *[[token] for token in found[0, 3:].tolist()], []]
 
 
-def test_stop_strings_are_each_tenants_own() -> None:
+def test_stop_strings_are_each_tenants_own(made: Made) -> None:
     letters = (string.ascii_letters + string.digits)[:V]
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({each: at for at, each in enumerate(letters)}, letters[0])
@@ -631,7 +593,7 @@ def test_stop_strings_are_each_tenants_own() -> None:
     check_rows(new(base, found), expected, (0, 0, 0))
 
 
-def test_guidance_runs_through_the_tenants_too() -> None:
+def test_guidance_runs_through_the_tenants_too(made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     kwargs = {"max_new_tokens": 6, "guidance_scale": 1.8}
@@ -640,7 +602,7 @@ def test_guidance_runs_through_the_tenants_too() -> None:
     check_rows(new(base, found), expected, (0, 0, 0))
 
 
-def test_inputs_may_be_embeddings_or_an_encoders_outputs() -> None:
+def test_inputs_may_be_embeddings_or_an_encoders_outputs(made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     inputs = batch(base)
@@ -661,7 +623,7 @@ def test_inputs_may_be_embeddings_or_an_encoders_outputs() -> None:
 # Calls beside each other, and what stays as it was
 
 
-def test_threads_with_different_tenants_do_not_mix() -> None:
+def test_threads_with_different_tenants_do_not_mix(made: Made) -> None:
     base = made()
     shifts = Shifts(base)
     settings = ending(base, shifts)
@@ -691,7 +653,7 @@ def test_threads_with_different_tenants_do_not_mix() -> None:
         assert torch.equal(found[number], generate(base, shifts.forward(tenants), plan, arguments))
 
 
-def test_the_base_is_left_as_it_was() -> None:
+def test_the_base_is_left_as_it_was(made: Made) -> None:
     base = made()
     before = set(vars(base)), base.generation_config.to_dict(), type(base), list(base._modules)
     settings = configs(base, eos_token_id=[2, 3, 4])
@@ -702,7 +664,7 @@ def test_the_base_is_left_as_it_was() -> None:
     assert given == [config.to_dict() for config in settings]
 
 
-def test_static_caches_keep_their_greatest_length_from_call_to_call() -> None:
+def test_static_caches_keep_their_greatest_length_from_call_to_call(made: Made) -> None:
     base = made()
     lengths = []
     for tokens in (9, 3):
@@ -713,7 +675,7 @@ def test_static_caches_keep_their_greatest_length_from_call_to_call() -> None:
     assert lengths[0] == lengths[1]
 
 
-def test_transformers_does_not_compile_the_decode_step_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_does_not_compile_the_decode_step_once_more(monkeypatch: pytest.MonkeyPatch, made: Made) -> None:
     base = made()
     options = transformers.CompileConfig()
     options._compile_all_devices = True
@@ -723,7 +685,7 @@ def test_transformers_does_not_compile_the_decode_step_once_more(monkeypatch: py
     assert generate(base, Shifts(base).forward([0, 1, 2]), plan, arguments).shape == (3, 9)
 
 
-def test_a_forward_set_on_the_base_does_not_hide_the_tenants() -> None:
+def test_a_forward_set_on_the_base_does_not_hide_the_tenants(made: Made) -> None:
     base = made()
     base.forward = base.forward
     shifts = Shifts(base)
@@ -753,14 +715,16 @@ def test_a_forward_set_on_the_base_does_not_hide_the_tenants() -> None:
         ({"generation_config": GenerationConfig(disable_compile=False)}, "disable_compile=False.*compiled already"),
     ],
 )
-def test_ways_of_generating_that_know_no_rows_are_refused_by_name(kwargs: dict[str, Any], message: str) -> None:
+def test_ways_of_generating_that_know_no_rows_are_refused_by_name(
+    kwargs: dict[str, Any], message: str, made: Made
+) -> None:
     base = made()
     arguments = {**batch(base), "max_new_tokens": 2, **kwargs}
     with pytest.raises(UnsupportedError, match=message):
         generate(base, Shifts(base).forward([0, 1, 2]), profiles([None] * 3), arguments)
 
 
-def test_guidance_is_refused_for_rows_with_different_settings() -> None:
+def test_guidance_is_refused_for_rows_with_different_settings(made: Made) -> None:
     base = made()
     plan = profiles(configs(base, eos_token_id=[2, 3, 4]))
     arguments = {**batch(base), "max_new_tokens": 2, "guidance_scale": 2.0}
@@ -768,7 +732,7 @@ def test_guidance_is_refused_for_rows_with_different_settings() -> None:
         generate(base, Shifts(base).forward([0, 1, 2]), plan, arguments)
 
 
-def test_a_model_with_a_generate_of_its_own_is_refused() -> None:
+def test_a_model_with_a_generate_of_its_own_is_refused(made: Made) -> None:
     class Own(transformers.LlamaForCausalLM):
         def generate(self, **kwargs: Any) -> Any:  # type: ignore[override]
             raise AssertionError
@@ -790,7 +754,7 @@ def test_a_model_with_a_generate_of_its_own_is_refused() -> None:
         ({"attention_mask": torch.ones(3, 3)}, r"got none: pass input_ids="),
     ],
 )
-def test_inputs_that_do_not_fit_the_tenants(inputs: dict[str, Any], message: str) -> None:
+def test_inputs_that_do_not_fit_the_tenants(inputs: dict[str, Any], message: str, made: Made) -> None:
     base = made()
     with pytest.raises(BitDeltaError, match=message):
         generate(base, Shifts(base).forward([0, 1, 2]), profiles([None] * 3), {**inputs, "max_new_tokens": 2})
