@@ -16,6 +16,8 @@ from .layout import CANONICAL, FRAGMENTS
 
 DECODE_ROWS = 64
 BINARY_FEATURES = 32768  # up to which its int32 sums are exact
+MOST_ROWS_EACH = 4  # rows of an entry of the row index, up to which a graph for any number of rows is one for decoding
+UNBOUNDED_TILE = 16  # rows of a slot together where the number of rows has no bound but is likely small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,10 @@ class Fused:
     SPLIT: int
     STAGES: int
 
+    def part(self, features: int) -> int:
+        """Features of a part of K, whole steps; the last parts may have fewer or none."""
+        return -(-features // (self.SPLIT * self.BK)) * self.BK
+
     @property
     def warps(self) -> int:
         return self.delta.warps
@@ -103,6 +109,24 @@ class Plan:
     form: str = "asm"
 
 
+@dataclasses.dataclass(frozen=True)
+class Unbounded:
+    """A number of rows that may be any in a later call of the same graph: M is one that is likely.
+
+    Attributes:
+        indexed: whether there is a row index.
+        each: rows that share an entry of it, None where that is no fixed number either.
+    """
+
+    indexed: bool
+    each: int | None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether few rows stay few: as many as there are sequences, not tokens of prompts."""
+        return not self.indexed or (self.each is not None and self.each <= MOST_ROWS_EACH)
+
+
 def architecture(device: torch.device) -> str | int | None:
     """Compute capability of a CUDA device as an int (90 for 9.0), the name of an AMD one, None for anything else."""
     if device.type != "cuda":
@@ -138,6 +162,7 @@ def choose(
     column: bool,
     exact: bool = False,
     layout: str = FRAGMENTS,
+    unbounded: Unbounded | None = None,
 ) -> Plan | None:
     """The kernel for M rows of x and N x K signs of T slots; None where only PyTorch will do.
 
@@ -146,6 +171,7 @@ def choose(
         column: whether there is a `col_scale`.
         exact: whether x may not be rounded.
         layout: of the signs.
+        unbounded: what is known where M is only a likely number of rows; the kernel is right for any.
     """
     if layout != FRAGMENTS or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
@@ -156,13 +182,31 @@ def choose(
         config = PREFILL[1 if isinstance(arch, int) and 100 <= arch < 120 else 0]
         return Plan(config, splits=splits(dtype, column, exact), sorted=True, form=form)
     # From sm_100 on there is no binary MMA: it would be emulated.
-    if exact or not isinstance(arch, int) or arch >= 100 or features > BINARY_FEATURES:
+    binary = not exact and isinstance(arch, int) and arch < 100 and features <= BINARY_FEATURES
+    if unbounded is not None and not (binary and unbounded.decodes):
+        entry = dataclasses.replace(EXACT_DECODE[0], BM=UNBOUNDED_TILE)
+        return Plan(entry, splits=splits(dtype, column, True), sorted=True, form=form)
+    if not binary:
         return Plan(EXACT_DECODE[0], splits=splits(dtype, column, True), form=form)
     wide = column or dtype == torch.float32  # x that has more than 16 bits
-    if rows > slots:
+    if rows > slots and _may_group(unbounded):
         return Plan(BINARY_DECODE[2], wide=wide)
     few = -(-outputs // (16 * BINARY_DECODE[0].tiles)) * rows < 256
     return Plan(BINARY_DECODE[1 if few else 0], wide=wide)
+
+
+def alternatives(plan: Plan, unbounded: Unbounded | None = None) -> tuple[Binary | Exact | Fused, ...]:
+    """The plan's entry and the others of its list that may take its place, for autotuning."""
+    lists: tuple[tuple[Binary | Exact | Fused, ...], ...] = (BINARY_DECODE, EXACT_DECODE, FUSED_DECODE, PREFILL)
+    others = next((entries for entries in lists if plan.config in entries), ())
+    grouped = _may_group(unbounded)
+    allowed = [entry for entry in others if grouped or not isinstance(entry, Binary) or entry.G == 1]
+    return tuple(dict.fromkeys([plan.config, *allowed]))
+
+
+def _may_group(unbounded: Unbounded | None) -> bool:
+    """Whether a row can find the others of its slot: all rows have one, or there are few enough to look at each."""
+    return unbounded is None or not unbounded.indexed
 
 
 def choose_fused(
@@ -177,8 +221,28 @@ def choose_fused(
     exact: bool = False,
     layout: str = FRAGMENTS,
 ) -> Plan | None:
-    """The kernel for base and delta in one launch, where there is one; arguments as in `choose`."""
+    """The kernel for base and delta in one launch, where there is one; arguments as in `choose`.
+
+    It holds a result for every row: M may vary, but not beyond `DECODE_ROWS`.
+    """
     plan = choose(arch, rows, slots, outputs, features, dtype, column=column, exact=exact, layout=layout)
     if plan is None or not isinstance(plan.config, Binary):
         return None
     return dataclasses.replace(plan, config=FUSED_DECODE[1 if plan.config.G > 1 else 0])
+
+
+def fused_pays(plan: Plan, rows: int, slots: int, outputs: int, features: int, dtype: torch.dtype) -> bool:
+    """Whether base and delta in one launch are likely to take less time than one after the other.
+
+    They do if what the parts of K write and read in between is little beside what is read anyway; fp32 is left to
+    libraries, which need not multiply it exactly. A guess: it has not been measured on a device, and autotuning does
+    not ask it.
+
+    Args:
+        plan: from `choose_fused`; the rest as there.
+    """
+    config = plan.config
+    assert isinstance(config, Fused)
+    between = 8 * (config.SPLIT + 1) * rows * outputs
+    read = outputs * features * (dtype.itemsize + min(rows, slots) / 8)
+    return dtype.itemsize == 2 and 8 * between <= read

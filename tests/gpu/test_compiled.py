@@ -136,7 +136,7 @@ def test_a_package_runs_without_this_package(tmp_path):
     with torch.no_grad():
         program = torch.export.export(layer, (x, tenant))
         package = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "layer.pt2"), inductor_configs=cache.stamp({})
+            program, package_path=str(tmp_path / "layer.pt2"), inductor_configs=cache.graph_passes({})
         )
         torch.save({"x": x, "tenant": tenant, "y": layer.expected(x, tenant)}, tmp_path / "expected.pt")
     script = f"""

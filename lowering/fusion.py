@@ -1,0 +1,178 @@
+"""A base linear and the delta over the same x, added up, become one op: what Inductor may then run in one launch.
+
+Over the graphs that Inductor lowers, after autograd and decompositions; what users print or export keeps the three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..kernels import configs
+from . import torch_internals
+
+_ATEN = torch.ops.aten
+_DELTA = torch.ops.bitdelta.delta_linear.default
+_RESHAPES = (_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """`x @ weight.T (+ bias)`, x [M, K], weight [N, K]; the nodes that make it, last first."""
+
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    nodes: tuple[fx.Node, ...]
+
+
+def fuse_base_and_delta(graph: fx.Graph) -> None:
+    """Replace `linear(x, weight) + bitdelta::delta_linear(x, ...)` by `bitdelta::base_delta_linear(x, weight, ...)`.
+
+    Where the device has a kernel for both, at a number of rows that never exceeds its limit, and it is likely to be
+    faster or Inductor will time both ways. The weight must be an input of the graph as it is, and nobody else may read
+    the linear's result or the delta's; a bias is added afterwards.
+    """
+    for delta in graph.find_nodes(op="call_function", target=_DELTA):
+        total = next(iter(delta.users), None)
+        if total is None or len(delta.users) > 1 or not _is_plain_sum(total):
+            continue
+        (other,) = [node for node in total.args if node is not delta] or [None]
+        product = _product(other) if isinstance(other, fx.Node) else None
+        if product is not None and _same_rows(product, delta) and _fits(product, delta, total) and _wanted(delta):
+            _replace(graph, product, delta, total)
+
+
+def _is_plain_sum(node: fx.Node) -> bool:
+    return node.target is _ATEN.add.Tensor and not node.kwargs
+
+
+def _product(node: fx.Node) -> _Product | None:
+    """The node as a base linear that nobody else reads: mm, addmm, or a row times a matrix as Inductor writes it."""
+    nodes: list[fx.Node] = []
+    while node.target in _RESHAPES and len(node.users) == 1:
+        nodes.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    bias, operands = None, node.args
+    if len(node.users) != 1 or node.kwargs:
+        return None
+    if node.target is _ATEN.addmm.default:
+        bias, *operands = node.args  # type: ignore[assignment]
+    elif node.target is _ATEN.sum.dim_IntList:
+        return _summed_product(node, nodes)
+    elif node.target is not _ATEN.mm.default:
+        return None
+    x, turned = operands
+    weight = _turned_input(turned)
+    if weight is None or not isinstance(x, fx.Node) or (bias is not None and _value(bias).dim() != 1):
+        return None
+    return _Product(x, weight, bias, (*nodes, node))
+
+
+def _summed_product(node: fx.Node, nodes: list[fx.Node]) -> _Product | None:
+    """`(x[:, :, None] * weight.T[None]).sum(1)`, what Inductor makes of a product with one row."""
+    product = node.args[0]
+    if list(node.args[1:]) != [[1]] or not isinstance(product, fx.Node) or product.target is not _ATEN.mul.Tensor:
+        return None
+    column, row = product.args
+    if len(product.users) != 1 or not (_is_unsqueezed(column, 2) and _is_unsqueezed(row, 0)):
+        return None
+    (x, _), (turned, _) = column.args, row.args  # type: ignore[union-attr]
+    weight = _turned_input(turned)
+    if weight is None or not isinstance(x, fx.Node):
+        return None
+    return _Product(x, weight, None, (*nodes, node, product))
+
+
+def _is_unsqueezed(node: Any, dim: int) -> bool:
+    return isinstance(node, fx.Node) and node.target is _ATEN.unsqueeze.default and node.args[1] == dim
+
+
+def _turned_input(node: Any) -> fx.Node | None:
+    """The contiguous graph input of which the node is the transpose."""
+    if not isinstance(node, fx.Node):
+        return None
+    turned = node.target is _ATEN.permute.default and node.args[1] == [1, 0]
+    if not (turned or node.target is _ATEN.t.default):
+        return None
+    weight = node.args[0]
+    if not isinstance(weight, fx.Node) or weight.op not in ("placeholder", "get_attr"):
+        return None
+    value = weight.meta.get("val")
+    return weight if isinstance(value, Tensor) and value.is_contiguous() else None
+
+
+def _value(node: Any) -> Tensor:
+    value: Tensor = node.meta["val"]
+    return value
+
+
+def _sizes(node: Any) -> tuple[Any, ...]:
+    """The shape as numbers and expressions, which can be compared without a guard on them."""
+    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in _value(node).shape)
+
+
+def _same_rows(product: _Product, delta: fx.Node) -> bool:
+    """Whether both read one tensor, as rows of the same length."""
+    mine, theirs = product.x, delta.args[0]
+    assert isinstance(theirs, fx.Node)
+    return _origin(mine) is _origin(theirs) and _sizes(mine)[-1] == _sizes(theirs)[-1]
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    while node.target in _RESHAPES:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _fits(product: _Product, delta: fx.Node, total: fx.Node) -> bool:
+    """Whether dtypes, shapes and devices are those of one linear."""
+    summed = (delta, total, *total.args)
+    dtypes = {_value(node).dtype for node in (*summed, product.weight, delta.args[0])}
+    expected = (_sizes(delta.args[2])[2], _sizes(delta.args[0])[-1])
+    same = len({_sizes(node) for node in summed}) == 1 and len(dtypes) == 1
+    return same and _sizes(product.weight) == expected and _value(product.weight).is_cuda
+
+
+def _wanted(delta: fx.Node) -> bool:
+    """Whether there is a kernel, and static facts or autotuning may prefer it."""
+    from torch._inductor import config
+
+    from .inductor import triton_is_there
+
+    x, signs, row_scale, col_scale = (None if node is None else _value(node) for node in delta.args[:4])
+    assert x is not None
+    assert signs is not None
+    assert row_scale is not None
+    rows = _most(math.prod(x.shape[:-1]))
+    if rows is None or rows > configs.DECODE_ROWS or not triton_is_there():
+        return False
+    slots, _, outputs = row_scale.shape
+    facts = (rows, slots, outputs, x.shape[-1], x.dtype)
+    options: dict[str, Any] = {"layout": "canonical", "exact": False, **delta.kwargs}
+    plan = configs.choose_fused(configs.architecture(x.device), *facts, column=col_scale is not None, **options)
+    return plan is not None and (config.max_autotune or config.max_autotune_gemm or configs.fused_pays(plan, *facts))
+
+
+def _most(size: int | torch.SymInt) -> int | None:
+    return size if isinstance(size, int) else torch_internals.upper_bound(size.node.expr, size.node.shape_env)
+
+
+def _replace(graph: fx.Graph, product: _Product, delta: fx.Node, total: fx.Node) -> None:
+    with graph.inserting_before(total):
+        x, *packed = delta.args
+        fused = graph.call_function(
+            torch.ops.bitdelta.base_delta_linear.default, (x, product.weight, *packed), dict(delta.kwargs)
+        )
+        fused.meta = dict(delta.meta)
+        result = fused
+        if product.bias is not None:
+            result = graph.call_function(_ATEN.add.Tensor, (fused, product.bias))
+            result.meta = dict(total.meta)
+    total.replace_all_uses_with(result)
+    for node in (total, delta, *product.nodes):
+        graph.erase_node(node)
