@@ -43,7 +43,7 @@ def fuse_base_and_delta(graph: fx.Graph) -> None:
             continue
         (other,) = [node for node in total.args if node is not delta] or [None]
         product = _product(other) if isinstance(other, fx.Node) else None
-        if product is not None and _same_rows(product, delta) and _fits(product, delta, total) and _wanted(delta):
+        if product is not None and _fits(product, delta, total) and _wanted(delta):
             _replace(graph, product, delta, total)
 
 
@@ -68,7 +68,7 @@ def _product(node: fx.Node) -> _Product | None:
         return None
     x, turned = operands
     weight = _turned_input(turned)
-    if weight is None or not isinstance(x, fx.Node) or (bias is not None and _value(bias).dim() != 1):
+    if weight is None or not isinstance(x, fx.Node):
         return None
     return _Product(x, weight, bias, (*nodes, node))
 
@@ -116,13 +116,6 @@ def _sizes(node: Any) -> tuple[Any, ...]:
     return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in _value(node).shape)
 
 
-def _same_rows(product: _Product, delta: fx.Node) -> bool:
-    """Whether both read one tensor, as rows of the same length."""
-    mine, theirs = product.x, delta.args[0]
-    assert isinstance(theirs, fx.Node)
-    return _origin(mine) is _origin(theirs) and _sizes(mine)[-1] == _sizes(theirs)[-1]
-
-
 def _origin(node: fx.Node) -> fx.Node:
     while node.target in _RESHAPES:
         node = node.args[0]  # type: ignore[assignment]
@@ -130,12 +123,20 @@ def _origin(node: fx.Node) -> fx.Node:
 
 
 def _fits(product: _Product, delta: fx.Node, total: fx.Node) -> bool:
-    """Whether dtypes, shapes and devices are those of one linear."""
+    """Whether both read one tensor, as rows of one length, and dtypes, shapes and device are those of one linear."""
+    x, signs, row_scale, *_ = delta.args
+    bias = [product.bias] if product.bias is not None else []
     summed = (delta, total, *total.args)
-    dtypes = {_value(node).dtype for node in (*summed, product.weight, delta.args[0])}
-    expected = (_sizes(delta.args[2])[2], _sizes(delta.args[0])[-1])
-    same = len({_sizes(node) for node in summed}) == 1 and len(dtypes) == 1
-    return same and _sizes(product.weight) == expected and _value(product.weight).is_cuda
+    typed = (*summed, x, product.x, product.weight)
+    nodes = (*typed, *delta.all_input_nodes, *bias)
+    if not all(isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) for node in nodes):
+        return False
+    if _origin(product.x) is not _origin(x) or any(_value(node).dim() != 1 for node in bias):  # type: ignore[arg-type]
+        return False
+    same = len({_sizes(node) for node in summed}) == 1 and len({_value(node).dtype for node in typed}) == 1
+    features = _sizes(x)[-1]
+    expected = (_sizes(row_scale)[2], features)
+    return same and _sizes(product.x)[-1] == features and _sizes(product.weight) == expected and _value(signs).is_cuda
 
 
 def _wanted(delta: fx.Node) -> bool:
@@ -148,18 +149,22 @@ def _wanted(delta: fx.Node) -> bool:
     assert x is not None
     assert signs is not None
     assert row_scale is not None
-    rows = _most(math.prod(x.shape[:-1]))
-    if rows is None or rows > configs.DECODE_ROWS or not triton_is_there():
+    likely, most = _rows(math.prod(x.shape[:-1]))
+    if most is None or most > configs.DECODE_ROWS or not triton_is_there():
         return False
     slots, _, outputs = row_scale.shape
-    facts = (rows, slots, outputs, x.shape[-1], x.dtype)
+    facts = (likely, slots, outputs, x.shape[-1], x.dtype)
     options: dict[str, Any] = {"layout": "canonical", "exact": False, **delta.kwargs}
     plan = configs.choose_fused(configs.architecture(x.device), *facts, column=col_scale is not None, **options)
     return plan is not None and (config.max_autotune or config.max_autotune_gemm or configs.fused_pays(plan, *facts))
 
 
-def _most(size: int | torch.SymInt) -> int | None:
-    return size if isinstance(size, int) else torch_internals.upper_bound(size.node.expr, size.node.shape_env)
+def _rows(size: int | torch.SymInt) -> tuple[int, int | None]:
+    """M, or a likely one, and what it never exceeds."""
+    if isinstance(size, int):
+        return size, size
+    most = torch_internals.upper_bound(size.node.expr, size.node.shape_env)
+    return size.node.hint or most or configs.DECODE_ROWS, most
 
 
 def _replace(graph: fx.Graph, product: _Product, delta: fx.Node, total: fx.Node) -> None:
