@@ -84,6 +84,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
         "eager",
         "compiled",
         "interpreted",
+        "one_launch",
         "eager_to_compiled",
     ),
 )
@@ -101,8 +102,15 @@ def measure(run: Run) -> list[Record]:
             return ops.delta_linear(x, signs, row_scale, None, None, None, tenant, layout=layout.FRAGMENTS)
 
         inputs = (x.to(where), signs, row_scale.to(where), tenant.to(where))
+
+        def base_and_delta(weight: Tensor, *rest: Tensor) -> Tensor:
+            return torch.nn.functional.linear(rest[0], weight) + delta(*rest)
+
+        weight = torch.randn(row_scale.shape[2], x.shape[1], generator=torch.Generator().manual_seed(1)).to(x.dtype)
+        base = x.double() @ weight.double().T
         with torch.no_grad():
             eager, made = delta(*inputs), compiled(delta)(*inputs)
+            both = compiled(base_and_delta, one_launch=True)(weight.to(where), *inputs)
         record: Record = {
             "rows": x.shape[0],
             "tenants": canonical.shape[0],
@@ -112,9 +120,10 @@ def measure(run: Run) -> list[Record]:
             "eager": distance(eager, expected),
             "compiled": distance(made, expected),
             "interpreted": distance(other, expected),
+            "one_launch": distance(both, base + expected),
             "eager_to_compiled": distance(eager, made),
         }
-        for name in ("eager", "compiled", "interpreted"):
+        for name in ("eager", "compiled", "interpreted", "one_launch"):
             require(record[name] < LIMITS[x.dtype], f"{name} is off by {record[name]:.2g} in {record}")
         records.append(record)
     return records

@@ -17,17 +17,17 @@ from . import torch_internals
 
 _ATEN = torch.ops.aten
 _DELTA = torch.ops.bitdelta.delta_linear.default
+_CONVERT = torch.ops.prims.convert_element_type.default
 _RESHAPES = (_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """`x @ weight.T (+ bias)`, x [M, K], weight [N, K]; the nodes that make it, last first."""
+    """`x @ weight.T (+ bias)`, x [M, K], weight [N, K]."""
 
     x: fx.Node
     weight: fx.Node
-    bias: fx.Node | None
-    nodes: tuple[fx.Node, ...]
+    bias: fx.Node | None = None
 
 
 def fuse_base_and_delta(graph: fx.Graph) -> None:
@@ -53,43 +53,41 @@ def _is_plain_sum(node: fx.Node) -> bool:
 
 def _product(node: fx.Node) -> _Product | None:
     """The node as a base linear that nobody else reads: mm, addmm, or a row times a matrix as Inductor writes it."""
-    nodes: list[fx.Node] = []
-    while node.target in _RESHAPES and len(node.users) == 1:
-        nodes.append(node)
+    while node.target in (*_RESHAPES, _CONVERT) and len(node.users) == 1:
         node = node.args[0]  # type: ignore[assignment]
-    bias, operands = None, node.args
     if len(node.users) != 1 or node.kwargs:
         return None
+    bias: Any = None
+    operands: Any = node.args
     if node.target is _ATEN.addmm.default:
-        bias, *operands = node.args  # type: ignore[assignment]
+        bias, *operands = node.args
     elif node.target is _ATEN.sum.dim_IntList:
-        return _summed_product(node, nodes)
+        operands = _summed(node)
     elif node.target is not _ATEN.mm.default:
         return None
     x, turned = operands
     weight = _turned_input(turned)
-    if weight is None or not isinstance(x, fx.Node):
-        return None
-    return _Product(x, weight, bias, (*nodes, node))
+    return None if weight is None or not isinstance(x, fx.Node) else _Product(x, weight, bias)
 
 
-def _summed_product(node: fx.Node, nodes: list[fx.Node]) -> _Product | None:
-    """`(x[:, :, None] * weight.T[None]).sum(1)`, what Inductor makes of a product with one row."""
-    product = node.args[0]
-    if list(node.args[1:]) != [[1]] or not isinstance(product, fx.Node) or product.target is not _ATEN.mul.Tensor:
-        return None
+def _summed(node: fx.Node) -> tuple[Any, Any]:
+    """a and b of `(a.float()[:, :, None] * b.float()[None]).sum(1)`, what Inductor makes of `a @ b` with one row."""
+    product, *dims = node.args
+    if dims != [[1]] or not isinstance(product, fx.Node) or product.target is not _ATEN.mul.Tensor:
+        return None, None
     column, row = product.args
     if len(product.users) != 1 or not (_is_unsqueezed(column, 2) and _is_unsqueezed(row, 0)):
-        return None
-    (x, _), (turned, _) = column.args, row.args  # type: ignore[union-attr]
-    weight = _turned_input(turned)
-    if weight is None or not isinstance(x, fx.Node):
-        return None
-    return _Product(x, weight, None, (*nodes, node, product))
+        return None, None
+    return _unconverted(column.args[0]), _unconverted(row.args[0])  # type: ignore[union-attr]
+
+
+def _unconverted(node: Any) -> Any:
+    converted = isinstance(node, fx.Node) and node.target is _CONVERT and node.args[1] == torch.float32
+    return node.args[0] if converted else node
 
 
 def _is_unsqueezed(node: Any, dim: int) -> bool:
-    return isinstance(node, fx.Node) and node.target is _ATEN.unsqueeze.default and node.args[1] == dim
+    return isinstance(node, fx.Node) and node.target is _ATEN.unsqueeze.default and bool(node.args[1] == dim)
 
 
 def _turned_input(node: Any) -> fx.Node | None:
@@ -179,5 +177,13 @@ def _replace(graph: fx.Graph, product: _Product, delta: fx.Node, total: fx.Node)
             result = graph.call_function(_ATEN.add.Tensor, (fused, product.bias))
             result.meta = dict(total.meta)
     total.replace_all_uses_with(result)
-    for node in (total, delta, *product.nodes):
-        graph.erase_node(node)
+    _erase(graph, total)
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Take a call out of the graph, and those that only it needed."""
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for each in inputs:
+        if not each.users and each.op == "call_function":
+            _erase(graph, each)

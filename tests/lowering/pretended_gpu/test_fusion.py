@@ -71,19 +71,33 @@ def one_row(x, weight, bias, signs, scale):
     return product.view(1, 1, OUTPUTS) + delta(x, signs, scale)
 
 
+def one_row_in_fp32(x, weight, bias, signs, scale):
+    convert = torch.ops.prims.convert_element_type
+    row, turned = convert(x.view(1, FEATURES), torch.float32), convert(weight.t(), torch.float32)
+    product = convert((row.unsqueeze(2) * turned.unsqueeze(0)).sum([1]), torch.bfloat16)
+    return product.view(1, 1, OUTPUTS) + delta(x, signs, scale)
+
+
 PACKED = (WEIGHT, BIAS, FRAGMENTS, ROW_SCALE)
 
 
 @pytest.mark.parametrize(
     ("form", "given"),
-    [(with_bias, x(4)), (with_bias, x(2, 2)), (without_bias, x(4)), (without_bias, x(4, 1)), (one_row, x(1, 1))],
+    [
+        (with_bias, x(4)),
+        (with_bias, x(2, 2)),
+        (without_bias, x(4)),
+        (without_bias, x(4, 1)),
+        (one_row, x(1, 1)),
+        (one_row_in_fp32, x(1, 1)),
+    ],
 )
 def test_forms_of_a_linear(form, given):
     assert fused(form, given, *PACKED)
 
 
 def test_a_bias_is_kept():
-    assert ops_after(with_bias, x(4), *PACKED) == {"base_delta_linear": 1, "add": 1, "t": 1}
+    assert ops_after(with_bias, x(4), *PACKED) == {"base_delta_linear": 1, "add": 1}
 
 
 def read_elsewhere(x, weight, bias, signs, scale):
@@ -116,6 +130,11 @@ def not_rounded(x, weight, bias, signs, scale):
     return linear(x, weight, bias) + delta(x, signs, scale, exact=True)
 
 
+def converted(x, weight, bias, signs, scale):
+    product = torch.ops.prims.convert_element_type(linear(x, weight), torch.float32)
+    return product + delta(x.float(), signs, scale)
+
+
 def broadcast(x, weight, bias, signs, scale):
     return linear(x, weight, bias).view(4, 1, OUTPUTS) + delta(x, signs, scale)
 
@@ -130,6 +149,7 @@ def broadcast(x, weight, bias, signs, scale):
         computed_weight,
         stored_the_other_way,
         not_rounded,
+        converted,
         broadcast,
     ],
 )

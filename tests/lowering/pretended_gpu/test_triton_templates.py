@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 from bitdelta_compile.kernels import configs, layout, reference
-from bitdelta_compile.lowering import inductor, ops
+from bitdelta_compile.lowering import inductor, ops, triton_fused
 from bitdelta_compile.lowering.device_source import device_source
 from torch._inductor.select_algorithm import AlgorithmSelectorCache
 from torch.nn.functional import linear, relu
@@ -305,6 +306,30 @@ def test_linears_that_read_the_same_x_share_what_is_made_of_it():
     zeros = re.findall(r"(\w+) = empty_strided_cuda\(\(4096, \)", code)
     assert len(zeros) == 1
     assert len(re.findall(rf"\.run\([^\n]*\b{zeros[0]}\b", code)) == 3, "one fill, two launches that count"
+
+
+def test_the_way_without_a_fused_kernel_is_timed_whole(monkeypatch):
+    called = []
+
+    def timed_once(run, device):
+        run()
+        return 2.5
+
+    def launch(*tensors, out):
+        called.append([tuple(tensor.shape) for tensor in tensors])
+        return lambda: called.append("delta")
+
+    def product(x, weight, out):
+        called.append((tuple(x.shape), tuple(weight.shape), tuple(out.shape)))
+
+    monkeypatch.setattr(triton_fused.benchmarker, "benchmark", timed_once)
+    monkeypatch.setattr(torch, "mm", product)
+    apart = triton_fused.BaseThenDelta.__new__(triton_fused.BaseThenDelta)
+    apart.delta = SimpleNamespace(bmreq=SimpleNamespace(make_run_fn=launch))
+    apart.operands, apart.places = (0, 1), [2, 4]
+    tensors = [torch.empty(size) for size in ((2, 30), (20, 30), (4,), (5,), (6,))]
+    assert apart.benchmark(*tensors, out=torch.empty(2, 20)) == 2.5
+    assert called == [[(4,), (6,)], ((2, 30), (30, 20), (2, 20)), "delta"]
 
 
 @pytest.mark.parametrize(("vocabulary", "features"), [(50, 100), (33, 384), (16, 256)])
