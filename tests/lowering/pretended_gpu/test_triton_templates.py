@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 import torch
 from bitdelta_compile.kernels import configs, layout, reference
-from bitdelta_compile.lowering import inductor, ops, triton_fused
+from bitdelta_compile.lowering import inductor, ops
 from bitdelta_compile.lowering.device_source import device_source
 from torch._inductor.select_algorithm import AlgorithmSelectorCache
 from torch.nn.functional import linear, relu
@@ -309,6 +309,8 @@ def test_linears_that_read_the_same_x_share_what_is_made_of_it():
 
 
 def test_the_way_without_a_fused_kernel_is_timed_whole(monkeypatch):
+    from bitdelta_compile.lowering import triton_fused
+
     called = []
 
     def timed_once(run, device):
