@@ -200,8 +200,14 @@ def alternatives(plan: Plan, unbounded: Unbounded | None = None) -> tuple[Binary
     lists: tuple[tuple[Binary | Exact | Fused, ...], ...] = (BINARY_DECODE, EXACT_DECODE, FUSED_DECODE, PREFILL)
     others = next((entries for entries in lists if plan.config in entries), ())
     grouped = _may_group(unbounded)
-    allowed = [entry for entry in others if grouped or not isinstance(entry, Binary) or entry.G == 1]
+    allowed = [entry for entry in others if grouped or _rows_together(entry) == 1]
     return tuple(dict.fromkeys([plan.config, *allowed]))
+
+
+def _rows_together(entry: Binary | Exact | Fused) -> int:
+    """Rows of a slot that must find each other; those of an `Exact` entry can be sorted."""
+    binary = entry.delta if isinstance(entry, Fused) else entry
+    return binary.G if isinstance(binary, Binary) else 1
 
 
 def _may_group(unbounded: Unbounded | None) -> bool:
@@ -220,13 +226,16 @@ def choose_fused(
     column: bool,
     exact: bool = False,
     layout: str = FRAGMENTS,
+    unbounded: Unbounded | None = None,
 ) -> Plan | None:
     """The kernel for base and delta in one launch, where there is one; arguments as in `choose`.
 
-    It holds a result for every row: M may vary, but not beyond `DECODE_ROWS`.
+    It keeps partial results of every row: too much memory where the rows may be those of prompts.
     """
-    plan = choose(arch, rows, slots, outputs, features, dtype, column=column, exact=exact, layout=layout)
-    if plan is None or not isinstance(plan.config, Binary):
+    plan = choose(
+        arch, rows, slots, outputs, features, dtype, column=column, exact=exact, layout=layout, unbounded=unbounded
+    )
+    if plan is None or not isinstance(plan.config, Binary) or (unbounded is not None and not unbounded.indexed):
         return None
     return dataclasses.replace(plan, config=FUSED_DECODE[1 if plan.config.G > 1 else 0])
 

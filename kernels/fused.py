@@ -27,33 +27,39 @@ def base_delta_part(
     RANK: tl.constexpr, INDEXED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """One part of K of the base for all rows, or the delta of the group that a row leads.
+    """One part of K of the base for BM rows, or the delta of the group that a row leads.
 
     Args:
-        program: of ceil(N / (16 WN R)) * (SPLIT + M).
+        program: of ceil(N / (16 WN R)) * (SPLIT * ceil(M / BM) + M).
         partial_ptr: fp32 [SPLIT + 1, M, N], written before it is read.
-        arrived_ptr: int32, at least ceil(N / (16 WN R)); all 0 before and after the launch.
-        part: features of a part of K.  BM: at least M.
+        arrived_ptr: int32, at least ceil(N / (16 WN R)) * ceil(M / BM); all 0 before and after the launch.
+        part: features of a part of K.
+        BM: a power of two; at least M where rows of one group can be far apart, else at least G.
 
     Returns:
-        (the tile of 16 WN R outputs; whether this program is the last of it, and all of `partial_ptr` is there).
+        (the tile of 16 WN R outputs; that of BM rows; whether this program is the last of the two, and all of
+        `partial_ptr` is there).
     """
     tiles_of_n = tl.cdiv(N, WN * R * 16)
+    tiles_of_m = tl.cdiv(M, BM)
     column = program % tiles_of_n
     job = program // tiles_of_n
     tile = column * (WN * R)
     n = tile * 16 + tl.arange(0, WN * R * 16)
-    every = tl.arange(0, BM)
-    if job < SPLIT:
+    if job < SPLIT * tiles_of_m:
+        split = job // tiles_of_m
+        line = job % tiles_of_m
+        m = line * BM + tl.arange(0, BM)
         acc = tl.zeros((WN * R * 16, BM), tl.float32)
-        last = tl.minimum(K, (job + 1) * part)
+        last = tl.minimum(K, (split + 1) * part)
         acc = base_product(
-            acc, x_ptr, weight_ptr, every, n, M, N, job * part, last, K, x_stride, BK, FORM, STAGES
+            acc, x_ptr, weight_ptr, m, n, M, N, split * part, last, K, x_stride, BK, FORM, STAGES
         )  # fmt: skip
-        place = (job * M + every).to(tl.int64)[None, :] * N + n[:, None]
-        tl.store(partial_ptr + place, acc, mask=(every < M)[None, :] & (n < N)[:, None])
+        place = (split * M + m).to(tl.int64)[None, :] * N + n[:, None]
+        tl.store(partial_ptr + place, acc, mask=(m < M)[None, :] & (n < N)[:, None])
     else:
-        row = job - SPLIT
+        row = job - SPLIT * tiles_of_m
+        line = row // BM
         slot, rows = led_rows(tenant_ptr, row, M, entries, rows_per_entry, SLOTS, INDEXED, G, MP)
         if slot >= 0:
             y = binary_delta(
@@ -63,28 +69,30 @@ def base_delta_part(
             place = (SPLIT * M + rows).to(tl.int64)[:, None] * N + n[None, :]
             tl.store(partial_ptr + place, y, mask=(rows < M)[:, None] & (n < N)[None, :])
     tl.debug_barrier()
-    is_last = tl.atomic_add(arrived_ptr + column, 1, sem="acq_rel") == SPLIT + M - 1
+    arrived_ptr += line * tiles_of_n + column
+    is_last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == SPLIT + tl.minimum(BM, M - line * BM) - 1
     if is_last:
-        tl.store(arrived_ptr + column, 0)
-    return column, is_last
+        tl.store(arrived_ptr, 0)
+    return column, line, is_last
 
 
 @triton.jit
 def base_delta_total(
-    partial_ptr, tenant_ptr, column, M, N, entries, rows_per_entry, SLOTS,
+    partial_ptr, tenant_ptr, column, line, M, N, entries, rows_per_entry, SLOTS,
     TILE: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     """What the last program of a tile makes of the partial results: fp32 [BM, TILE], 0 at rows of M or more."""
-    every = tl.arange(0, BM)
+    m = line * BM + tl.arange(0, BM)
     n = column * TILE + tl.arange(0, TILE)
-    there = (every < M)[:, None] & (n < N)[None, :]
-    place = every.to(tl.int64)[:, None] * N + n[None, :]
+    there = (m < M)[:, None] & (n < N)[None, :]
+    place = m.to(tl.int64)[:, None] * N + n[None, :]
+    split_size = tl.cast(M, tl.int64) * N
     total = tl.zeros((BM, TILE), tl.float32)
     for split in tl.static_range(SPLIT):
-        total += tl.load(partial_ptr + split * M * N + place, mask=there, other=0.0, cache_modifier=".cg")
-    slots = slot_of_row(tenant_ptr, every, entries, rows_per_entry, SLOTS, INDEXED)
+        total += tl.load(partial_ptr + split * split_size + place, mask=there, other=0.0, cache_modifier=".cg")
+    slots = slot_of_row(tenant_ptr, m, entries, rows_per_entry, SLOTS, INDEXED)
     tuned = there & (slots >= 0)[:, None]
-    return total + tl.load(partial_ptr + SPLIT * M * N + place, mask=tuned, other=0.0, cache_modifier=".cg")
+    return total + tl.load(partial_ptr + SPLIT * split_size + place, mask=tuned, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -96,8 +104,8 @@ def fused_kernel(
     RANK: tl.constexpr, INDEXED: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N]; grid (ceil(N / (16 WN R)) * (SPLIT + M),), arguments as in `base_delta_part`."""
-    column, is_last = base_delta_part(
+    """y [M, N]; grid (ceil(N / (16 WN R)) * (SPLIT * ceil(M / BM) + M),), arguments as in `base_delta_part`."""
+    column, line, is_last = base_delta_part(
         tl.program_id(0), x_ptr, weight_ptr, signs_ptr, row_scale_ptr, left_ptr, bits_ptr, scale_ptr, sums_ptr,
         inner_ptr, tenant_ptr, partial_ptr, arrived_ptr, M, N, K, part, x_stride, blocks, chunks, entries,
         rows_per_entry, SLOTS, R, G, WN, WK, U, WIDE, HALF, EVEN, CP, MP, P, XP, RANK, INDEXED, BM, BK, SPLIT, STAGES,
@@ -106,9 +114,9 @@ def fused_kernel(
     TILE: tl.constexpr = WN * R * 16
     if is_last:
         total = base_delta_total(
-            partial_ptr, tenant_ptr, column, M, N, entries, rows_per_entry, SLOTS, TILE, BM, SPLIT, INDEXED
+            partial_ptr, tenant_ptr, column, line, M, N, entries, rows_per_entry, SLOTS, TILE, BM, SPLIT, INDEXED
         )  # fmt: skip
-        m = tl.arange(0, BM)[:, None]
+        m = line * BM + tl.arange(0, BM)[:, None]
         n = column * TILE + tl.arange(0, TILE)
         if BIAS:
             total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]

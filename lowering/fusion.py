@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels import configs
-from . import torch_internals
+from .rows import Rows
 
 _ATEN = torch.ops.aten
 _DELTA = torch.ops.bitdelta.delta_linear.default
@@ -33,9 +33,9 @@ class _Product:
 def fuse_base_and_delta(graph: fx.Graph) -> None:
     """Replace `linear(x, weight) + bitdelta::delta_linear(x, ...)` by `bitdelta::base_delta_linear(x, weight, ...)`.
 
-    Where the device has a kernel for both, at a number of rows that never exceeds its limit, and it is likely to be
-    faster or Inductor will time both ways. The weight must be an input of the graph as it is, and nobody else may read
-    the linear's result or the delta's; a bias is added afterwards.
+    Where the device has a kernel for both that is likely to be faster, or Inductor will time both ways. The weight must
+    be an input of the graph as it is, and nobody else may read the linear's result or the delta's; a bias is added
+    afterwards.
     """
     for delta in graph.find_nodes(op="call_function", target=_DELTA):
         total = next(iter(delta.users), None)
@@ -143,26 +143,24 @@ def _wanted(delta: fx.Node) -> bool:
 
     from .inductor import triton_is_there
 
-    x, signs, row_scale, col_scale = (None if node is None else _value(node) for node in delta.args[:4])
-    assert x is not None
-    assert signs is not None
-    assert row_scale is not None
-    likely, most = _rows(math.prod(x.shape[:-1]))
-    if most is None or most > configs.DECODE_ROWS or not triton_is_there():
+    if not triton_is_there():
         return False
+    x, row_scale = _value(delta.args[0]), _value(delta.args[2])
+    rows = _rows(math.prod(x.shape[:-1]), delta.args[6])
     slots, _, outputs = row_scale.shape
-    facts = (likely, slots, outputs, x.shape[-1], x.dtype)
+    facts = (rows.likely, slots, outputs, x.shape[-1], x.dtype)
     options: dict[str, Any] = {"layout": "canonical", "exact": False, **delta.kwargs}
-    plan = configs.choose_fused(configs.architecture(x.device), *facts, column=col_scale is not None, **options)
+    plan = configs.choose_fused(
+        configs.architecture(x.device), *facts, column=delta.args[3] is not None, unbounded=rows.unbounded, **options
+    )
     return plan is not None and (config.max_autotune or config.max_autotune_gemm or configs.fused_pays(plan, *facts))
 
 
-def _rows(size: int | torch.SymInt) -> tuple[int, int | None]:
-    """M, or a likely one, and what it never exceeds."""
+def _rows(size: int | torch.SymInt, tenant: Any) -> Rows:
     if isinstance(size, int):
-        return size, size
-    most = torch_internals.upper_bound(size.node.expr, size.node.shape_env)
-    return size.node.hint or most or configs.DECODE_ROWS, most
+        return Rows(size, size)
+    entries = None if tenant is None else _sizes(tenant)[0]
+    return Rows.of(size.node.expr, entries, size.node.hint or configs.DECODE_ROWS, size.node.shape_env)
 
 
 def _replace(graph: fx.Graph, product: _Product, delta: fx.Node, total: fx.Node) -> None:

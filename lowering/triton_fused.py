@@ -16,6 +16,7 @@ from torch._inductor.lowering import lowerings
 from torch._inductor.runtime.benchmarking import benchmarker
 from torch._inductor.select_algorithm import ExternKernelCaller
 from torch._inductor.virtualized import V
+from torch.utils._sympy.functions import CeilDiv
 
 from .triton_operands import Problem, arrivals_of, boxed, fresh, power_of_2
 from .triton_templates import (
@@ -37,24 +38,24 @@ def base_delta_linear(problem: Problem, weight: Any, layout_name: str, exact: bo
     Args:
         weight: [N, K], contiguous and realized.
     """
-    if problem.most is None or problem.most > configs.DECODE_ROWS:
-        return None
+    rows = problem.rows
     plan = configs.choose_fused(
-        configs.architecture(problem.x.get_device()), problem.rows, problem.slots, problem.outputs, problem.features,
+        configs.architecture(problem.x.get_device()), rows.likely, problem.slots, problem.outputs, problem.features,
         problem.x.get_dtype(), column=problem.col_scale is not None, exact=exact, layout=layout_name,
+        unbounded=rows.unbounded,
     )  # fmt: skip
     if plan is None:
         return None
     launch, arrived = _fused(problem, weight, plan)
     if not autotuned():
         return selected("bitdelta_base_delta", launch.choices(problem, (plan.config,)), launch.nodes, problem)
-    choices = launch.choices(problem, configs.alternatives(plan))
+    choices = launch.choices(problem, configs.alternatives(plan, rows.unbounded))
     apart = plan_of(problem, layout_name, exact)
     assert apart is not None
     delta = delta_launch(problem, apart)
     choices += [
         BaseThenDelta(problem, weight, each, launch.nodes)
-        for each in delta.choices(problem, configs.alternatives(apart))
+        for each in delta.choices(problem, configs.alternatives(apart, rows.unbounded))
     ]
     generators = {[node is arrived for node in launch.nodes].index(True): _zeros}
     return selected("bitdelta_base_delta", choices, launch.nodes, problem, generators)
@@ -62,23 +63,22 @@ def base_delta_linear(problem: Problem, weight: Any, layout_name: str, exact: bo
 
 def _fused(problem: Problem, weight: Any, plan: configs.Plan) -> tuple[Launch, Any]:
     """The fused kernel, and which of its inputs counts arrivals."""
-    config = plan.config
-    assert isinstance(config, configs.Fused)
-    assert problem.most is not None
-    rows, features = problem.x.get_size()[0], problem.features
-    entries = [entry for entry in configs.alternatives(plan) if isinstance(entry, configs.Fused)]
+    rows, size = problem.rows, problem.x.get_size()[0]
+    entries = [entry for entry in configs.alternatives(plan, rows.unbounded) if isinstance(entry, configs.Fused)]
     made, constants = binary_operands(problem, plan)
-    splits = max(entry.SPLIT for entry in entries)
-    partial = fresh(problem, [splits + 1, rows, problem.outputs], torch.float32)
-    arrived = arrivals_of(problem, max(-(-problem.outputs // (16 * entry.tiles)) for entry in entries))
     constants |= {
-        "K": features,
-        "BM": max(16, power_of_2(problem.most)),
+        "K": problem.features,
+        "BM": max(16, power_of_2(rows.most or rows.likely)),
         "FORM": f'"{plan.form}"',
     }
+    tiles_of_rows = CeilDiv(size, constants["BM"]) if rows.unbounded else 1
+    splits = max(entry.SPLIT for entry in entries)
+    partial = fresh(problem, [splits + 1, size, problem.outputs], torch.float32)
+    tiles = max(-(-problem.outputs // (16 * entry.tiles)) for entry in entries)
+    arrived = arrivals_of(problem, tiles, tiles_of_rows)
     nodes = [problem.x, weight, problem.signs, problem.row_scale, *made, partial, arrived]
     nodes += [*index_nodes(problem), *low_rank_nodes(problem)]
-    return Launch("base_delta", nodes, constants, lambda entry: entry.SPLIT + rows), arrived
+    return Launch("base_delta", nodes, constants, lambda entry: entry.SPLIT * tiles_of_rows + size), arrived
 
 
 class BaseThenDelta(ExternKernelCaller):

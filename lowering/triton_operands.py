@@ -17,14 +17,14 @@ from torch._inductor.lowering import empty, full
 from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import CeilDiv, FloorDiv, Max
 
-from . import torch_internals
+from .rows import Rows
 
-ARRIVALS = 4096  # int32 zeros that the launches of base and delta share, each using as many as it has tiles of outputs
+ARRIVALS = 4096  # tiles of outputs that the zeros shared by the launches of base and delta are enough for
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One op: realized contiguous nodes, and what is static about it.
+    """One op: realized contiguous nodes, and its sizes.
 
     Attributes:
         x: [M, K]; M may be symbolic.  tenant: int32 [R] or None.
@@ -39,29 +39,11 @@ class Problem:
     tenant: Any
 
     @functools.cached_property
-    def rows(self) -> int:
-        """M, or its hint where it is symbolic."""
+    def rows(self) -> Rows:
         size = self.x.get_size()[0]
-        return int(V.graph.sizevars.optimization_hints([size], fallback=configs.DECODE_ROWS)[0])
-
-    @functools.cached_property
-    def most(self) -> int | None:
-        """What M never exceeds; None where it is symbolic and may be more than `configs.DECODE_ROWS`."""
-        size = self.x.get_size()[0]
-        if is_static(size):
-            return int(size)
-        bound = torch_internals.upper_bound(size, V.graph.sizevars.shape_env)
-        return bound if bound is not None and bound <= configs.DECODE_ROWS else None
-
-    @property
-    def unbounded(self) -> configs.Unbounded | None:
-        """What is known of M where `most` is not."""
-        if self.most is not None:
-            return None
-        if self.tenant is None:
-            return configs.Unbounded(indexed=False, each=None)
-        each = V.graph.sizevars.simplify(FloorDiv(self.x.get_size()[0], self.tenant.get_size()[0]))
-        return configs.Unbounded(indexed=True, each=int(each) if is_static(each) else None)
+        entries = None if self.tenant is None else self.tenant.get_size()[0]
+        (hint,) = V.graph.sizevars.optimization_hints([size], fallback=configs.DECODE_ROWS)
+        return Rows.of(size, entries, int(hint), V.graph.sizevars.shape_env)
 
     @property
     def slots(self) -> int:
@@ -214,16 +196,16 @@ def fresh(problem: Problem, size: list[Any], dtype: torch.dtype) -> Any:
     return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(made))
 
 
-def arrivals_of(problem: Problem, tiles: int) -> Any:
-    """int32 zeros, at least `tiles`: every launch that counts in them leaves zeros for the next one of the graph."""
-    size = max(ARRIVALS, power_of_2(tiles))
+def arrivals_of(problem: Problem, tiles: int, tiles_of_rows: Any) -> Any:
+    """int32 zeros for every tile of a result: a launch that counts in them leaves zeros for the graph's next one."""
+    size = max(ARRIVALS, power_of_2(tiles)) * tiles_of_rows
     device = problem.x.get_device()
 
     def make() -> list[Any]:
         zeros = full([size], 0, dtype=torch.int32, device=device)
         return [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(zeros))]
 
-    return _once(("arrivals", str(device), size), make)[0]
+    return _once(("arrivals", str(device), str(size)), make)[0]
 
 
 def _launch(kernel: Any, grid: list[Any], arguments: dict[str, Any]) -> None:
@@ -245,7 +227,3 @@ def boxed(value: Any) -> Any:
 
 def power_of_2(value: int) -> int:
     return 1 << max(0, int(value) - 1).bit_length()
-
-
-def is_static(size: Any) -> bool:
-    return isinstance(size, int) or bool(size.is_Integer)

@@ -24,7 +24,8 @@ from torch.utils._sympy.functions import CeilDiv
 from bitdelta_compile import kernels
 
 from .device_source import device_source
-from .triton_operands import Problem, bits_of, inner_of, is_static, items_of, power_of_2, segments_of, words_of
+from .rows import is_static
+from .triton_operands import Problem, bits_of, inner_of, items_of, power_of_2, segments_of, words_of
 
 _TEMPLATES = {
     "binary_delta": ("slot_of_row", "led_rows", "binary_delta"),
@@ -94,16 +95,17 @@ def delta_linear(problem: Problem, layout_name: str, exact: bool = False) -> Any
     if plan is None:
         return None
     launch = delta_launch(problem, plan)
-    entries = configs.alternatives(plan, problem.unbounded) if autotuned() else (plan.config,)
+    entries = configs.alternatives(plan, problem.rows.unbounded) if autotuned() else (plan.config,)
     return selected(f"bitdelta_{launch.name}", launch.choices(problem, entries), launch.nodes, problem)
 
 
 def plan_of(problem: Problem, layout_name: str, exact: bool) -> configs.Plan | None:
     """`configs.choose` for the problem."""
+    rows = problem.rows
     return configs.choose(
-        configs.architecture(problem.x.get_device()), problem.rows, problem.slots, problem.outputs, problem.features,
+        configs.architecture(problem.x.get_device()), rows.likely, problem.slots, problem.outputs, problem.features,
         problem.x.get_dtype(), column=problem.col_scale is not None, exact=exact, layout=layout_name,
-        unbounded=problem.unbounded,
+        unbounded=rows.unbounded,
     )  # fmt: skip
 
 
@@ -147,7 +149,7 @@ def binary_operands(problem: Problem, plan: configs.Plan) -> tuple[list[Any], di
         "WIDE": int(plan.wide),
         "CHUNKS": chunks,
         "CP": power_of_2(chunks),
-        "MP": power_of_2(problem.most or 1),
+        "MP": power_of_2(problem.rows.most or 1),
     }
     return bits_of(problem, plan.wide), constants
 
@@ -173,7 +175,7 @@ def _exact(problem: Problem, plan: configs.Plan) -> Launch:
         "SPLITS": plan.splits,
         "FORM": f'"{plan.form}"',
         "SORTED": plan.sorted,
-        "MP": 1 if plan.sorted else power_of_2(problem.most or 1),
+        "MP": 1 if plan.sorted else power_of_2(problem.rows.most or 1),
         "SP": power_of_2(problem.slots + 2),
     }
     rows = problem.x.get_size()[0]

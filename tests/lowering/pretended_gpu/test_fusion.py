@@ -10,6 +10,7 @@ from bitdelta_compile.kernels import configs, layout
 from bitdelta_compile.lowering import fusion, ops
 from torch import Tensor
 from torch._inductor import config
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -39,16 +40,15 @@ def ops_after(function, *inputs, device="cuda", capability=90, **size):
     major, minor = divmod(capability, 10)
     with without_gpu.pretended_gpu(major=major, minor=minor):
         fakes = [
-            without_gpu.on_gpu(mode, tensor, device=device, **(size if place == 0 else {}))
+            without_gpu.on_gpu(mode, tensor, device=device, **(size if place == 0 or tensor.dim() == 1 else {}))
             for place, tensor in enumerate(inputs)
         ]
         with torch.no_grad():
             graph = make_fx(function, tracing_mode="symbolic" if size else "real")(*fakes).graph
         fusion.fuse_base_and_delta(graph)
     graph.lint()
-    return collections.Counter(
-        node.target.overloadpacket.__name__ for node in graph.nodes if node.op == "call_function"
-    )
+    targets = (node.target for node in graph.nodes)
+    return collections.Counter(each.overloadpacket.__name__ for each in targets if isinstance(each, OpOverload))
 
 
 def fused(*args, **kwargs):
@@ -174,7 +174,17 @@ def test_facts_that_leave_the_graph_alone():
         assert not fused(with_bias, x(configs.DECODE_ROWS + 1), *PACKED)
 
 
-def test_a_number_of_rows_that_varies_needs_a_bound():
+def test_any_number_of_rows():
+    """Up to a bound, or one of each entry of an index; they may not be tokens of prompts."""
     assert not fused(with_bias, x(4), *PACKED, dynamic=0)
     assert not fused(with_bias, x(4), *PACKED, dynamic=0, most=configs.DECODE_ROWS + 1)
     assert fused(with_bias, x(4), *PACKED, dynamic=0, most=configs.DECODE_ROWS)
+
+    def indexed(x, tenant, weight, signs, scale):
+        mine = ops.delta_linear(x, signs, scale, None, None, None, tenant, layout=layout.FRAGMENTS)
+        return linear(x, weight) + mine
+
+    entries = torch.zeros(4, dtype=torch.int32)
+    for given, expected in ((x(4), True), (x(4, 2), True), (x(4, 9), False)):
+        assert fused(indexed, given, entries, WEIGHT, *PACKED[2:], dynamic=0, one_size=True) == expected
+    assert not fused(indexed, x(4), entries, WEIGHT, *PACKED[2:], dynamic=0)

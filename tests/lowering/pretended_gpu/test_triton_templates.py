@@ -156,6 +156,18 @@ class FusedGroups(Fused):
     )
 
 
+class FusedAnyBatch(Fused):
+    """One row of each entry, in any number: more than one tile of rows."""
+
+    canonical, signs = bank(3, 1, 40, 700)
+    weight, bias = torch.randn(40, 700).bfloat16(), torch.randn(40).bfloat16()
+    dynamic, one_size = (0, 1, 2), True
+    calls = tuple(
+        (torch.randn(rows, 700).bfloat16(), torch.randn(rows, 40).bfloat16(), torch.arange(rows).int() % 5 - 1)
+        for rows in (4, 17)
+    )
+
+
 class Apart(Fused):
     """The same where autotuning finds that the library and the delta's kernel take less time."""
 
@@ -179,6 +191,7 @@ PROBLEMS = {
     "any rows of one tenant": AnyRowsOfOneTenant(),
     "fused": Fused(),
     "fused groups": FusedGroups(),
+    "fused any batch": FusedAnyBatch(),
     "apart": Apart(),
     "tuned": Tuned(),
 }
@@ -187,6 +200,7 @@ KERNEL = {
     "any rows": "= exact_delta(",
     "fused": "= base_delta_part(",
     "fused groups": "= base_delta_part(",
+    "fused any batch": "= base_delta_part(",
     "tuned": "= base_delta_part(",
 }
 
