@@ -180,8 +180,9 @@ def _replace(graph: fx.Graph, product: _Product, delta: fx.Node, total: fx.Node)
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
     """Take a call out of the graph, and those that only it needed."""
-    inputs = node.all_input_nodes
-    graph.erase_node(node)
-    for each in inputs:
-        if not each.users and each.op == "call_function":
-            _erase(graph, each)
+    pending = [node]
+    while pending:
+        each = pending.pop()
+        inputs = each.all_input_nodes
+        graph.erase_node(each)
+        pending += [unused for unused in inputs if not unused.users and unused.op == "call_function"]

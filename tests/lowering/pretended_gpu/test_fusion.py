@@ -185,6 +185,9 @@ def test_any_number_of_rows():
         return linear(x, weight) + mine
 
     entries = torch.zeros(4, dtype=torch.int32)
-    for given, expected in ((x(4), True), (x(4, 2), True), (x(4, 9), False)):
-        assert fused(indexed, given, entries, WEIGHT, *PACKED[2:], dynamic=0, one_size=True) == expected
+    assert fused(indexed, x(4), entries, WEIGHT, *PACKED[2:], dynamic=0, one_size=True)
     assert not fused(indexed, x(4), entries, WEIGHT, *PACKED[2:], dynamic=0)
+    with config.patch(max_autotune=True):
+        for each in (1, configs.MOST_ROWS_EACH, configs.MOST_ROWS_EACH + 1):
+            found = fused(indexed, x(4, each), entries, WEIGHT, *PACKED[2:], dynamic=0, one_size=True)
+            assert found == (each <= configs.MOST_ROWS_EACH)
