@@ -61,8 +61,8 @@ def plot(records: list[Record], path: Path) -> None:
     "gpu-decode",
     "time and rate of one linear for T tenants on a GPU, cold weights, beside every other way to run it",
     columns=(
-        "layer", "tenants", "rows_each", "base_us", "delta_us", "both_us", "packed_gb_s", "packed_of_hbm",
-        "both_of_hbm", "ratio", "speedup", "original_ratio",
+        "layer", "tenants", "rows_each", "base_us", "delta_us", "both_us", "one_launch_us", "apart_us", "packed_gb_s",
+        "packed_of_hbm", "both_of_hbm", "ratio", "speedup", "original_ratio",
     ),
     plot=plot,
 )  # fmt: skip
@@ -106,6 +106,8 @@ def figures(shape: gpu_ways.Shape, seconds: dict[str, float], hbm: float) -> Rec
         "base_us": base * 1e6,
         "delta_us": alone * 1e6,
         "both_us": both * 1e6,
+        "one_launch_us": seconds["one launch"] * 1e6 if "one launch" in seconds else None,
+        "apart_us": seconds["apart"] * 1e6 if "apart" in seconds else None,
         "base_of_hbm": shape.base_bytes / base / hbm,
         "packed_gb_s": shape.packed_bytes / alone / 1e9,
         "packed_of_hbm": shape.packed_bytes / alone / hbm,

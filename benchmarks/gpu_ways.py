@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import torch
-from bitdelta_compile.kernels import layout, reference
+from bitdelta_compile.kernels import configs, layout, reference
 from bitdelta_compile.lowering import inductor, ops
 from torch import Tensor
 from torch.nn.functional import linear
@@ -95,17 +97,32 @@ def _over(one: Callable[..., Tensor], x: Tensor, many: list[Layer], tenant: Tens
     return lambda: [one(x, layer, tenant) for layer in many]
 
 
-def compiled(function: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
-    """`function` through Inductor with our lowerings."""
-    return torch.compile(function, backend=lambda gm, inputs: inductor.compile_graph(gm, inputs, options))
+def compiled(
+    function: Callable[..., Tensor], *, one_launch: bool | None = None, **options: object
+) -> Callable[..., Tensor]:
+    """`function` through Inductor with our lowerings.
+
+    Args:
+        one_launch: base and delta in one launch wherever there is a kernel for both, or never; by default as
+            `configs.fused_pays` has it.
+    """
+    if one_launch is None:
+        return torch.compile(function, backend=lambda gm, inputs: inductor.compile_graph(gm, inputs, options))
+
+    def decided(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        with mock.patch.object(configs, "fused_pays", return_value=one_launch):
+            return inductor.compile_graph(gm, inputs, {**options, "fx_graph_cache": False})
+
+    return torch.compile(function, backend=decided)
 
 
 def ways(shape: Shape, many: list[Layer], x: Tensor, tenant: Tensor) -> dict[str, tuple[Way, int]]:
     """name -> (call, layers that it runs). Ways whose dense weights would not fit are left out.
 
-    `delta` and `base + delta` are compiled; `delta, eager` is the launcher without a compiler. `separate` runs a linear
-    per tenant, `bmm` the unpacked deltas of all, `lora r` adapters of that rank, `original` the paper's kernel; none of
-    these four contains the base's own product but `separate`.
+    `delta` and `base + delta` are compiled, the latter also as `one launch` and as `apart`; `delta, eager` is the
+    launcher without a compiler. `separate` runs a linear per tenant, `bmm` the unpacked deltas of all, `lora r`
+    adapters of that rank, `original` the paper's kernel; none of these four contains the base's own product but
+    `separate`.
     """
     own = x.reshape(shape.tenants, shape.rows, shape.features)
     count = len(many)
@@ -116,6 +133,9 @@ def ways(shape: Shape, many: list[Layer], x: Tensor, tenant: Tensor) -> dict[str
         "delta": (_over(compiled(delta), x, many, tenant), count),
         "base + delta": (_over(compiled(base_and_delta), x, many, tenant), count),
     }
+    if shape.tenants * shape.rows <= configs.DECODE_ROWS:
+        for name, one_launch in (("one launch", True), ("apart", False)):
+            found[name] = (_over(compiled(base_and_delta, one_launch=one_launch), x, many, tenant), count)
     if shape.rows <= 64:
         found["original"] = (_original(shape, many, own), count)
     found |= {f"lora {rank}": _lora(shape, own, rank) for rank in RANKS}
@@ -175,7 +195,9 @@ def _original(shape: Shape, many: list[Layer], own: Tensor) -> Way:
 
 def require_right(shape: Shape, many: list[Layer], x: Tensor, found: dict[str, tuple[Way, int]]) -> None:
     """Check our ways against the reference: first and last layer and tenant, the first and last outputs."""
-    for name in ("delta, eager", "delta", "base + delta"):
+    for name in ("delta, eager", "delta", "base + delta", "one launch", "apart"):
+        if name not in found:
+            continue
         results = found[name][0]()
         assert isinstance(results, list)
         for at in (0, -1):
@@ -190,7 +212,7 @@ def _require_tile(name: str, shape: Shape, layer: Layer, x: Tensor, result: Tens
     expected = reference.delta_linear(
         mine, layer.canonical[slot : slot + 1, :, columns].cpu(), layer.row_scale[slot : slot + 1, :, columns].cpu()
     )
-    if name.startswith("base"):
+    if not name.startswith("delta"):
         expected = expected + mine.double() @ layer.weight[columns].double().cpu().T
     error = float((result[rows, columns].double().cpu() - expected).norm() / expected.norm())
     require(error < 8e-3, f"{name} is off by {error:.2g} for tenant {slot} of {shape}")

@@ -16,6 +16,8 @@ from .layout import CANONICAL, FRAGMENTS
 
 DECODE_ROWS = 64
 BINARY_FEATURES = 32768  # up to which its int32 sums are exact
+MOST_ROWS_EACH = 4  # rows of an entry of the row index, up to which a graph for any number of rows is one for decoding
+UNBOUNDED_TILE = 16  # rows of a slot together where the number of rows has no bound but is likely small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,10 @@ class Fused:
     SPLIT: int
     STAGES: int
 
+    def part(self, features: int) -> int:
+        """Features of a part of K, whole steps; the last parts may have fewer or none."""
+        return -(-features // (self.SPLIT * self.BK)) * self.BK
+
     @property
     def warps(self) -> int:
         return self.delta.warps
@@ -110,6 +116,24 @@ class Plan:
     form: str = "asm"
 
 
+@dataclasses.dataclass(frozen=True)
+class Unbounded:
+    """A number of rows that may be any in a later call of the same graph: M is one that is likely.
+
+    Attributes:
+        indexed: whether there is a row index.
+        each: rows that share an entry of it, None where that is no fixed number either.
+    """
+
+    indexed: bool
+    each: int | None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether few rows stay few: as many as there are sequences, not tokens of prompts."""
+        return not self.indexed or (self.each is not None and self.each <= MOST_ROWS_EACH)
+
+
 def architecture(device: torch.device) -> str | int | None:
     """Compute capability of a CUDA device as an int (90 for 9.0), the name of an AMD one, None for anything else."""
     if device.type != "cuda":
@@ -145,6 +169,7 @@ def choose(
     column: bool,
     exact: bool = False,
     layout: str = FRAGMENTS,
+    unbounded: Unbounded | None = None,
 ) -> Plan | None:
     """The kernel for M rows of x and N x K signs of T slots; None where only PyTorch will do.
 
@@ -153,6 +178,7 @@ def choose(
         column: whether there is a `col_scale`.
         exact: whether x may not be rounded.
         layout: of the signs.
+        unbounded: what is known where M is only a likely number of rows; the kernel is right for any.
     """
     if layout != FRAGMENTS or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
@@ -164,17 +190,42 @@ def choose(
         parts = splits(dtype, column, exact)
         return Plan(many.of_parts(parts), splits=parts, sorted=True, form=form)
     # From sm_100 on there is no binary MMA: it would be emulated.
-    if exact or not isinstance(arch, int) or arch >= 100 or features > BINARY_FEATURES:
-        parts = splits(dtype, column, True)
+    binary = not exact and isinstance(arch, int) and arch < 100 and features <= BINARY_FEATURES
+    parts = splits(dtype, column, True)
+    if unbounded is not None and not (binary and unbounded.decodes):
+        entry = dataclasses.replace(EXACT_DECODE[0], BM=UNBOUNDED_TILE)
+        return Plan(entry.of_parts(parts), splits=parts, sorted=True, form=form)
+    if not binary:
         config = EXACT_DECODE[0].of_parts(parts)
         if rows > slots * config.BM:
             config = many.of_parts(parts)
         return Plan(config, splits=parts, form=form)
     wide = column or dtype == torch.float32  # x that has more than 16 bits
-    if rows > slots:
+    if rows > slots and _may_group(unbounded):
         return Plan(BINARY_DECODE[2], wide=wide)
     few = -(-outputs // (16 * BINARY_DECODE[0].tiles)) * rows < 256
     return Plan(BINARY_DECODE[1 if few else 0], wide=wide)
+
+
+def alternatives(plan: Plan, unbounded: Unbounded | None = None) -> tuple[Binary | Exact | Fused, ...]:
+    """The plan's entry and the others of its list that may take its place, for autotuning."""
+    exact = (tuple(entry.of_parts(plan.splits) for entry in entries) for entries in (EXACT_DECODE, PREFILL))
+    lists: tuple[tuple[Binary | Exact | Fused, ...], ...] = (BINARY_DECODE, FUSED_DECODE, *exact)
+    others = next((entries for entries in lists if plan.config in entries), ())
+    grouped = _may_group(unbounded)
+    allowed = [entry for entry in others if grouped or _rows_together(entry) == 1]
+    return tuple(dict.fromkeys([plan.config, *allowed]))
+
+
+def _rows_together(entry: Binary | Exact | Fused) -> int:
+    """Rows of a slot that must find each other; those of an `Exact` entry can be sorted."""
+    binary = entry.delta if isinstance(entry, Fused) else entry
+    return binary.G if isinstance(binary, Binary) else 1
+
+
+def _may_group(unbounded: Unbounded | None) -> bool:
+    """Whether a row can find the others of its slot: all rows have one, or there are few enough to look at each."""
+    return unbounded is None or not unbounded.indexed
 
 
 def choose_fused(
@@ -188,9 +239,32 @@ def choose_fused(
     column: bool,
     exact: bool = False,
     layout: str = FRAGMENTS,
+    unbounded: Unbounded | None = None,
 ) -> Plan | None:
-    """The kernel for base and delta in one launch, where there is one; arguments as in `choose`."""
-    plan = choose(arch, rows, slots, outputs, features, dtype, column=column, exact=exact, layout=layout)
-    if plan is None or not isinstance(plan.config, Binary):
+    """The kernel for base and delta in one launch, where there is one; arguments as in `choose`.
+
+    It keeps partial results of every row: too much memory where the rows may be those of prompts.
+    """
+    plan = choose(
+        arch, rows, slots, outputs, features, dtype, column=column, exact=exact, layout=layout, unbounded=unbounded
+    )
+    if plan is None or not isinstance(plan.config, Binary) or (unbounded is not None and not unbounded.indexed):
         return None
     return dataclasses.replace(plan, config=FUSED_DECODE[1 if plan.config.G > 1 else 0])
+
+
+def fused_pays(plan: Plan, rows: int, slots: int, outputs: int, features: int, dtype: torch.dtype) -> bool:
+    """Whether base and delta in one launch are likely to take less time than one after the other.
+
+    They do if what the parts of K write and read in between is little beside what is read anyway; fp32 is left to
+    libraries, which need not multiply it exactly. A guess: it has not been measured on a device, and autotuning does
+    not ask it.
+
+    Args:
+        plan: from `choose_fused`; the rest as there.
+    """
+    config = plan.config
+    assert isinstance(config, Fused)
+    between = 8 * (config.SPLIT + 1) * rows * outputs
+    read = outputs * features * (dtype.itemsize + min(rows, slots) / 8)
+    return dtype.itemsize == 2 and 8 * between <= read

@@ -31,14 +31,16 @@ def led_rows(
     Rows of a slot are counted in their order in the batch; every G-th leads itself and the next ones.
 
     Args:
-        row: this program's row.  MP: a power of two, at least M.
+        row: this program's row.  MP: a power of two, at least M; any where G is 1 or there is no index.
 
     Returns:
         (slot, -1 unless `row` leads a group; rows int32 [G], M or more where the group is smaller).
     """
     slot = slot_of_row(tenant_ptr, row, entries, rows_per_entry, SLOTS, INDEXED)
     rows = row + tl.arange(0, G)
-    if G > 1:
+    if G > 1 and not INDEXED:
+        slot = tl.where(row % G == 0, slot, -1)
+    elif G > 1:
         every = tl.arange(0, MP)
         slots = slot_of_row(tenant_ptr, every, entries, rows_per_entry, SLOTS, INDEXED)
         mine = ((slots == slot) & (every < M)).to(tl.int32)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bitdelta_compile import kernels
 
-FILES = ("tile.py", "tile_linear.py", "segments.py")
+FILES = ("tile.py", "tile_linear.py", "segments.py", "fused.py")
 
 
 @functools.cache

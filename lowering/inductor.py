@@ -31,11 +31,11 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Ma
     """
     from torch._inductor.compile_fx import compile_fx
 
-    from .cache import stamp
+    from .cache import graph_passes
 
     register_lowerings()
     patches = dict(options)
-    patches |= stamp(patches)
+    patches |= graph_passes(patches)
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
@@ -47,6 +47,7 @@ def register_lowerings() -> None:
 
     ops = torch.ops.bitdelta
     register_lowering(ops.delta_linear.default, type_promotion_kind=None)(_delta_linear)
+    register_lowering(ops.base_delta_linear.default, type_promotion_kind=None)(_base_delta_linear)
     register_lowering(ops.delta_embedding.default, type_promotion_kind=None)(_delta_embedding)
     make_fallback(ops.delta_linear_backward.default)
     make_fallback(ops.delta_embedding_backward.default)
@@ -66,37 +67,22 @@ def _delta_linear(
     exact: bool = False,
 ) -> Any:
     from torch._inductor import ir
-    from torch._inductor.lowering import fallback_handler, to_dtype, view
+    from torch._inductor.lowering import fallback_handler, view
 
     device, dtype = x.get_device(), x.get_dtype()
     *batch, features = x.get_size()
     outputs = row_scale.get_size()[2]
-    rows = functools.reduce(lambda a, b: a * b, batch, 1)
-    inputs = {
-        "X": view(x, [rows, features]),
-        "Signs": signs,
-        "RowScale": row_scale,
-        "ColScale": col_scale,
-        "Left": left,
-        "Right": right,
-        "Tenant": tenant,
-    }
     found = None
     if dtype in KERNEL_DTYPES:
-        if row_scale.get_dtype() != torch.float32:
-            inputs["RowScale"] = to_dtype(row_scale, torch.float32)
-        if col_scale is not None and col_scale.get_dtype() != torch.float32:
-            inputs["ColScale"] = to_dtype(col_scale, torch.float32)
-        realized = {
-            name: None if node is None else ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
-            for name, node in inputs.items()
-        }
+        realized = _realized(x, signs, row_scale, col_scale, left, right, tenant)
         if device.type == "cpu" and layout == CANONICAL:
-            result = ir.FixedLayout(device, dtype, [rows, outputs])
+            result = ir.FixedLayout(device, dtype, [_product(batch), outputs])
             template: Any = _linear_template()(realized, result, features=int(features), exact=exact)
             found = template.generate().output_node()
-        elif device.type == "cuda":
-            found = _gpu_delta_linear(realized, layout, exact)
+        elif device.type == "cuda" and triton_is_there():
+            from . import triton_templates
+
+            found = triton_templates.delta_linear(_problem(realized), layout, exact)
     if found is None:
         _log_fallback(device.type, dtype, layout)
         eager = fallback_handler(torch.ops.bitdelta.delta_linear.default, add_to_fallback_set=False)
@@ -104,14 +90,68 @@ def _delta_linear(
     return view(found, [*batch, outputs])
 
 
-def _gpu_delta_linear(realized: dict[str, Any], layout: str, exact: bool) -> Any | None:
-    """The op by a Triton template; None on a machine without triton, or where no kernel of ours applies."""
-    if not triton_is_there():
-        return None
-    from . import triton_templates
+def _base_delta_linear(
+    x: Any,
+    weight: Any,
+    signs: Any,
+    row_scale: Any,
+    col_scale: Any,
+    left: Any,
+    right: Any,
+    tenant: Any,
+    *,
+    layout: str = "canonical",
+    exact: bool = False,
+) -> Any:
+    """In one launch where there is a kernel for that, else as the two ops that it stands for."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import lowerings, view
 
-    rows, dynamic = triton_templates.rows_of(realized["X"], realized["Tenant"])
-    problem = triton_templates.Problem(
+    aten = torch.ops.aten
+    *batch, features = x.get_size()
+    if x.get_device().type == "cuda" and x.get_dtype() in KERNEL_DTYPES and triton_is_there():
+        from . import triton_fused
+
+        problem = _problem(_realized(x, signs, row_scale, col_scale, left, right, tenant))
+        realized = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(weight))
+        found = triton_fused.base_delta_linear(problem, realized, layout, exact)
+        if found is not None:
+            return view(found, [*batch, problem.outputs])
+    turned = lowerings[aten.permute.default](weight, [1, 0])
+    base = lowerings[aten.mm.default](view(x, [_product(batch), features]), turned)
+    delta = _delta_linear(x, signs, row_scale, col_scale, left, right, tenant, layout=layout, exact=exact)
+    return lowerings[aten.add.Tensor](view(base, [*batch, weight.get_size()[0]]), delta)
+
+
+def _realized(x: Any, signs: Any, row_scale: Any, col_scale: Any, left: Any, right: Any, tenant: Any) -> dict[str, Any]:
+    """The op's tensors as the templates read them: contiguous buffers, x as [M, K], scales in fp32."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import to_dtype, view
+
+    *batch, features = x.get_size()
+    scales = [
+        scale if scale is None or scale.get_dtype() == torch.float32 else to_dtype(scale, torch.float32)
+        for scale in (row_scale, col_scale)
+    ]
+    inputs = {
+        "X": view(x, [_product(batch), features]),
+        "Signs": signs,
+        "RowScale": scales[0],
+        "ColScale": scales[1],
+        "Left": left,
+        "Right": right,
+        "Tenant": tenant,
+    }
+    return {
+        name: None if node is None else ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
+        for name, node in inputs.items()
+    }
+
+
+def _problem(realized: dict[str, Any]) -> Any:
+    from .triton_operands import Problem
+
+    return Problem(
         x=realized["X"],
         signs=realized["Signs"],
         row_scale=realized["RowScale"],
@@ -119,10 +159,11 @@ def _gpu_delta_linear(realized: dict[str, Any], layout: str, exact: bool) -> Any
         left=realized["Left"],
         right=realized["Right"],
         tenant=realized["Tenant"],
-        rows=rows,
-        dynamic=dynamic,
     )
-    return triton_templates.delta_linear(problem, layout, exact)
+
+
+def _product(sizes: Sequence[Any]) -> Any:
+    return functools.reduce(lambda a, b: a * b, sizes, 1)
 
 
 def _linear_template() -> Any:
@@ -170,7 +211,7 @@ def _delta_embedding(
         )
     }  # fmt: skip
     sizes = list(ids.get_size())
-    rows = functools.reduce(lambda a, b: a * b, sizes, 1)
+    rows = _product(sizes)
 
     def inner(index: Sequence[Any]) -> Any:
         *at, feature = index

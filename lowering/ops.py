@@ -77,6 +77,51 @@ def _(
     return x.new_empty(*x.shape[:-1], row_scale.shape[2])
 
 
+@torch.library.custom_op("bitdelta::base_delta_linear", mutates_args=())
+def base_delta_linear(
+    x: Tensor,
+    weight: Tensor,
+    signs: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    tenant: Tensor | None,
+    *,
+    layout: str = "canonical",
+    exact: bool = False,
+) -> Tensor:
+    """A linear layer of the base and its delta; only Inductor's graphs hold it, see `fusion`.
+
+    Semantics:
+        y = linear(x, weight) + delta_linear(x, signs, row_scale, col_scale, left, right, tenant)
+
+    Args:
+        weight: [N, K], of x's dtype.  The rest as in `delta_linear`.
+    """
+    base = torch.nn.functional.linear(x, weight)
+    return base + eager.delta_linear(x, signs, row_scale, col_scale, left, right, tenant, layout, exact)
+
+
+@base_delta_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    signs: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    tenant: Tensor | None,
+    *,
+    layout: str = "canonical",
+    exact: bool = False,
+) -> Tensor:
+    return torch.ops.bitdelta.delta_linear(  # type: ignore[no-any-return]
+        x, signs, row_scale, col_scale, left, right, tenant, layout=layout, exact=exact
+    )
+
+
 @torch.library.custom_op("bitdelta::delta_linear_backward", mutates_args=())
 def delta_linear_backward(
     grad: Tensor,

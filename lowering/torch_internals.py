@@ -111,6 +111,12 @@ def compiled_so_far() -> Compiled:
     return Compiled(counters["stats"]["unique_graphs"], made + found, records)
 
 
+def upper_bound(size: Any, shape_env: Any) -> int | None:
+    """What a size, a sympy expression over the sizes of a graph's inputs, never exceeds; None where it has no bound."""
+    upper = shape_env.bound_sympy(size).upper
+    return int(upper) if upper.is_Integer else None
+
+
 def last_graph_allowed() -> bool:
     """Whether the compilation under way is the last of its code that Dynamo's recompile limit allows."""
     from torch._dynamo import config

@@ -28,7 +28,7 @@ import torch
 from torch.export import ExportedProgram
 
 from ..errors import BitDeltaError, UnsupportedError
-from ..lowering.cache import stamp
+from ..lowering.cache import graph_passes
 from ..lowering.inductor import register_lowerings
 from ..quantized import is_quantized
 from .program import About, base_parameters, is_weightless, replacing, versions
@@ -77,7 +77,7 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
         "freezing": False,
         "aot_inductor.metadata": _metadata(program, about, configured),
     }
-    patches |= stamp(patches)
+    patches |= graph_passes(patches)
     with replacing(Path(path)) as temporary, torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # torch's own
         torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=patches)

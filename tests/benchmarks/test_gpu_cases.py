@@ -83,6 +83,9 @@ def test_figures_of_decoding(benchmarks: Any, tmp_path: Path) -> None:
     assert found["both_of_hbm"] == pytest.approx((packed + base) / 12e-6 / 4e12)
     assert found["speedup"] == pytest.approx(160 / 12)
     assert found["ratio"] == pytest.approx(1.2)
+    assert found["one_launch_us"] is None
+    apart = benchmarks.gpu_decode.figures(shape, {**SECONDS, "one launch": 11e-6, "apart": 13e-6}, 4e12)
+    assert (apart["one_launch_us"], apart["apart_us"]) == pytest.approx((11.0, 13.0))
     without = benchmarks.gpu_decode.figures(shape, SECONDS, 4e12)
     assert without["speedup"] is None
     benchmarks.gpu_decode.plot([found, {**without, "tenants": 64}], tmp_path / "decode.png")

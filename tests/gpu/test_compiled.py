@@ -10,6 +10,7 @@ import torch
 from bitdelta_compile.kernels import layout, reference
 from bitdelta_compile.lowering import cache, inductor, ops, torch_internals
 from torch import nn
+from torch._inductor import select_algorithm
 from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import gelu, linear
 
@@ -68,23 +69,71 @@ def test_numerics_and_fusion(rows, dtype, extra):
     assert "triton_tem" in code
 
 
-def test_any_number_of_rows_in_one_graph():
+@pytest.mark.parametrize("rows_of_an_entry", ["any number", "one"])
+def test_any_number_of_rows_in_one_graph(rows_of_an_entry):
     layer = Layer(4, 200, 640, torch.bfloat16)
     run = compiled(layer, dynamic=True)
     with torch.no_grad():
         for rows in (4, 8, 40, 400):
             x, tenant = torch.randn(rows, 640, device="cuda").bfloat16(), torch.tensor([3, -1, 0, 3]).int().cuda()
+            if rows_of_an_entry == "one":
+                tenant = tenant.repeat(rows // 4)
             assert relative_error(run(x, tenant), layer.expected(x, tenant)) < 8e-3, rows
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "slots"), [(1, 1), (16, 16), (12, 2)])
+def test_base_and_delta_in_one_launch(rows, slots, dtype):
+    """Right, the same at every call, and what a row gets does not depend on the others."""
+    layer = Layer(slots, 520, 4096, dtype)
+    x = torch.randn(rows, 4096, dtype=dtype, device="cuda")
+    tenant = ((torch.arange(rows) + 1) % (slots + 1) - 1).to(torch.int32).cuda()
+    run = compiled(layer)
+    with torch.no_grad():
+        found, (code,) = run_and_get_code(run, x, tenant)
+        assert "= base_delta_part(" in code
+        assert relative_error(found, layer.expected(x, tenant)) < TOLERANCE[dtype]
+        assert all(torch.equal(run(x, tenant), found) for _ in range(20))
+        other = torch.full_like(tenant, -1)
+        other[0] = tenant[0]
+        assert torch.equal(run(x, other)[0], found[0])
+
+
+def test_one_launch_under_a_cuda_graph():
+    """What counts its programs is zero again after each: two linears, replayed."""
+    layers = torch.nn.ModuleList([Layer(4, 512, 4096, torch.bfloat16), Layer(4, 520, 4096, torch.bfloat16)])
+
+    def both(x, tenant):
+        return tuple(layer(x, tenant) for layer in layers)
+
+    run = compiled(both, **{"triton.cudagraphs": True})
+    with torch.no_grad():
+        for _ in range(5):
+            x, tenant = torch.randn(4, 4096, device="cuda").bfloat16(), torch.randint(-1, 4, (4,)).int().cuda()
+            torch.compiler.cudagraph_mark_step_begin()
+            for layer, found in zip(layers, run(x, tenant), strict=True):
+                assert relative_error(found, layer.expected(x, tenant)) < 8e-3
 
 
 @pytest.mark.parametrize("mode", ["max-autotune", "max-autotune-no-cudagraphs"])
 def test_autotuned(mode):
+    timed = {}
+
+    def keep(timings, name, *rest):
+        timed.setdefault(name, []).extend((type(choice).__name__, time) for choice, time in timings.items())
+
+    select_algorithm.add_feedback_saver(keep)
     layer = Layer(8, 512, 1024, torch.bfloat16)
-    run = compiled(layer, **torch_internals.inductor_mode_options(mode))
+    run = compiled(
+        layer, fx_graph_cache=False, autotune_local_cache=False, **torch_internals.inductor_mode_options(mode)
+    )
     x, tenant = torch.randn(8, 1024, device="cuda").bfloat16(), torch.arange(8).int().cuda()
     with torch.no_grad():
         for _ in range(3):
             assert relative_error(run(x, tenant), layer.expected(x, tenant)) < 8e-3
+    select_algorithm.clear_feedback_savers()
+    assert {name for name, _ in timed["bitdelta_base_delta"]} == {"TritonTemplateCaller", "BaseThenDelta"}
+    assert all(0 < time < 10 for _, time in timed["bitdelta_base_delta"])
 
 
 def test_a_cuda_graph_reads_the_bank_where_it_is():
@@ -132,7 +181,7 @@ def test_a_package_runs_without_this_package(tmp_path):
     with torch.no_grad():
         program = torch.export.export(layer, (x, tenant))
         package = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "layer.pt2"), inductor_configs=cache.stamp({})
+            program, package_path=str(tmp_path / "layer.pt2"), inductor_configs=cache.graph_passes({})
         )
         torch.save({"x": x, "tenant": tenant, "y": layer.expected(x, tenant)}, tmp_path / "expected.pt")
     script = f"""

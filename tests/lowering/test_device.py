@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -90,3 +91,42 @@ def test_static_facts_choose_the_kernel(arch, rows, slots, change, expected):
     fused = configs.choose_fused(arch, rows, slots, **facts)
     is_binary = expected is not None and isinstance(expected.config, configs.Binary)
     assert (fused is not None) == is_binary
+
+
+ONE_EACH = configs.Unbounded(indexed=True, each=1)
+PROMPTS = configs.Unbounded(indexed=True, each=None)
+NO_INDEX = configs.Unbounded(indexed=False, each=None)
+SORTED = configs.Plan(dataclasses.replace(configs.EXACT_DECODE[0], BM=configs.UNBOUNDED_TILE), sorted=True)
+
+
+@pytest.mark.parametrize(
+    ("arch", "rows", "slots", "unbounded", "expected"),
+    [
+        (90, 16, 16, ONE_EACH, configs.Plan(configs.BINARY_DECODE[0])),
+        (90, 16, 4, ONE_EACH, configs.Plan(configs.BINARY_DECODE[0])),  # no row can look for the others of its slot
+        (90, 16, 1, NO_INDEX, configs.Plan(configs.BINARY_DECODE[2])),
+        (90, 16, 16, PROMPTS, SORTED),
+        (90, 16, 16, dataclasses.replace(ONE_EACH, each=configs.MOST_ROWS_EACH + 1), SORTED),
+        (120, 16, 16, ONE_EACH, SORTED),
+        (90, 4096, 4, ONE_EACH, configs.Plan(configs.PREFILL[0], sorted=True)),
+    ],
+)
+def test_static_facts_choose_the_kernel_for_any_number_of_rows(arch, rows, slots, unbounded, expected):
+    found = configs.choose(arch, rows, slots, **FACTS, unbounded=unbounded)
+    assert found == expected
+    others = configs.alternatives(found, unbounded)
+    assert others[0] == found.config
+    assert all(not isinstance(each, configs.Binary) or each.G == 1 or unbounded is NO_INDEX for each in others)
+
+
+def test_one_launch_is_for_few_rows_of_wide_layers():
+    def pays(rows, slots, features=4096, dtype=torch.bfloat16):
+        plan = configs.choose_fused(90, rows, slots, **(FACTS | {"features": features, "dtype": dtype}))
+        return configs.fused_pays(plan, rows, slots, 4096, features, dtype)
+
+    assert pays(1, 1)
+    assert pays(16, 16)
+    assert not pays(64, 16)
+    assert pays(64, 16, features=14336)
+    assert not pays(16, 16, features=384)
+    assert not pays(1, 1, dtype=torch.float32)

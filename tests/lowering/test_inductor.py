@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 from bitdelta_compile.kernels import layout, reference
-from bitdelta_compile.lowering import cache, inductor, ops
+from bitdelta_compile.lowering import cache, fusion, inductor, ops
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
@@ -222,15 +223,49 @@ def test_digest_follows_the_files(tmp_path, monkeypatch):
     assert cache.source_digest.__wrapped__() != before
 
 
-def test_a_configured_pass_still_runs():
+@pytest.mark.parametrize("slot", ["post_grad_custom_pre_pass", "post_grad_custom_post_pass"])
+def test_a_configured_pass_still_runs_beside_ours(slot, monkeypatch):
     seen = []
+    monkeypatch.setattr(fusion, "fuse_base_and_delta", lambda graph: seen.append("ours"))
     tensors = bank(1, 1, 20, 32)
-    run, _ = compiled(lambda x: ops.delta_linear(x, *tensors, None), post_grad_custom_post_pass=seen.append)
+    run, _ = compiled(lambda x: ops.delta_linear(x, *tensors, None), **{slot: lambda graph: seen.append("theirs")})
     run(torch.randn(2, 32))
-    assert len(seen) == 1
+    assert sorted(seen) == ["ours", "theirs"]
 
 
-def test_a_package_runs_without_this_package(tmp_path):
+def test_ours_follows_the_passes_it_is_put_beside_and_has_their_names():
+    class Named(CustomGraphPass):
+        def __call__(self, graph):
+            seen.append(graph)
+
+        def uuid(self):
+            return "named"
+
+    seen, graph = [], torch.fx.Graph()
+    slot = "post_grad_custom_pre_pass"
+    for given in (Named(), [Named()]):
+        (found,) = cache.graph_passes({slot: given}).values()
+        found(graph, False)
+        assert found.uuid() == (cache.source_digest(), "named")
+    assert seen == [graph, graph]
+    (anonymous,) = cache.graph_passes({slot: seen.append}).values()
+    assert anonymous.uuid() is None
+
+
+def test_an_op_that_no_device_has_a_kernel_for_is_the_two_it_stands_for():
+    tensors, weight = bank(1, 1, 20, 32), torch.randn(20, 32)
+    run, _ = compiled(lambda x: torch.relu(ops.base_delta_linear(x, weight, *tensors, None)))
+    x = torch.randn(3, 2, 32)
+    expected = torch.relu(x.double() @ weight.double().T + reference.delta_linear(x, *tensors))
+    found, (code,) = run_and_get_code(run, x)
+    assert relative_error(found, expected) < 2e-6
+    assert "torch.ops.bitdelta" not in code
+
+
+def test_a_package_runs_without_this_package(tmp_path, monkeypatch):
+    seen, ours = [], fusion.fuse_base_and_delta
+    monkeypatch.setattr(fusion, "fuse_base_and_delta", lambda graph: (seen.append(graph), ours(graph)))
+
     class Layer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -247,9 +282,12 @@ def test_a_package_runs_without_this_package(tmp_path):
     with torch.no_grad():
         batch = torch.export.Dim("batch", min=1, max=512)
         program = torch.export.export(layer, (torch.randn(3, 100),), dynamic_shapes=({0: batch},))
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "layer.pt2"), inductor_configs=cache.graph_passes({})
+        )
         rows = torch.randn(50, 100)
         torch.save({"x": rows, "y": layer(rows)}, tmp_path / "expected.pt")
+    assert len(seen) == 1
     script = f"""
 import sys, torch
 expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)

@@ -44,6 +44,17 @@ def test_linear_matches_reference_and_passes_opcheck(dtype, planes, column, rank
     torch.library.opcheck(ops.delta_linear, (x, *tensors, tenant))
 
 
+@pytest.mark.parametrize("index", [None, 2])
+def test_base_and_delta_in_one_op_are_the_two_apart(index):
+    signs, *scales = bank(1 if index is None else 3, 2, 7, 45, column=True, rank=2)
+    tenant = None if index is None else torch.tensor([2, -1], dtype=torch.int32)
+    x, weight = torch.randn(4, 3, 45), torch.randn(7, 45)
+    found = ops.base_delta_linear(x, weight, signs, *scales, tenant)
+    apart = torch.nn.functional.linear(x, weight) + ops.delta_linear(x, signs, *scales, tenant)
+    assert torch.equal(found, apart)
+    torch.library.opcheck(ops.base_delta_linear, (x, weight, signs, *scales, tenant))
+
+
 @pytest.mark.parametrize(("dtype", "planes", "column", "rank", "index"), CASES)
 def test_embedding_matches_reference_and_passes_opcheck(dtype, planes, column, rank, index):
     tensors = bank(1 if index is None else 3, planes, 11, 45, column=column, rank=rank)

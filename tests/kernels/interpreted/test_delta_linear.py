@@ -51,6 +51,7 @@ PLANS = {
         (5, 3, 2, 33, 300, True, 3),
         (3, 2, 1, 17, 1030, False, 0),
         (4, 4, 1, 16, 384, True, 0),
+        (6, 1, 1, 16, 140, False, 0),
     ],
 )
 def test_odd_shapes(bank, packed, kind, rows, slots, planes, outputs, features, column, rank):

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from bitdelta_compile.kernels import configs, layout, reference
 from bitdelta_compile.lowering import inductor, ops
 from bitdelta_compile.lowering.device_source import device_source
-from torch.nn.functional import relu
+from torch._inductor.select_algorithm import AlgorithmSelectorCache
+from torch.nn.functional import linear, relu
 
 pytest.importorskip("triton")
+without_gpu = pytest.importorskip("without_gpu")
 
 HERE = Path(__file__).parent
 FRAGMENTS = layout.FRAGMENTS
-
-
-def _without_gpu():
-    spec = importlib.util.spec_from_file_location("without_gpu", HERE / "without_gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["without_gpu"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-without_gpu = _without_gpu()
 
 
 def bank(slots, planes, outputs, features, *, column=False, rank=0):
@@ -54,6 +46,10 @@ class Binary:
 
     canonical, signs = bank(3, 2, 20, 384, column=True, rank=2)
     bias, dtype, tolerance = torch.randn(20), torch.bfloat16, 1e-2
+    dynamic: tuple[int, ...] = ()
+    one_size, most = False, None
+    options: ClassVar[dict[str, object]] = {}
+    fastest: str | None = None
     calls = ((torch.randn(6, 384).bfloat16(), torch.randn(6, 20).bfloat16(), index(2, -1, 0, 2, 7, 2)),)
 
     def run(self, delta, x, residual, tenant, bias):
@@ -83,14 +79,24 @@ class Prompts(Binary):
 
 
 class AnyRows(Binary):
-    """A graph for any number of rows, and for an index of any length."""
+    """A graph for any number of rows, and for an index of any length: the rows of an entry may be a prompt's."""
 
     canonical, signs = bank(3, 1, 24, 256)
     bias = torch.randn(24)
-    dynamic = True
+    dynamic = (0, 1, 2)
     calls = tuple(
         (torch.randn(rows, 256).bfloat16(), torch.randn(rows, 24).bfloat16(), tenant)
         for rows, tenant in ((4, index(1, 0, -1, 1)), (6, index(2, 1)))
+    )
+
+
+class AnyBatch(AnyRows):
+    """One row of each entry, in any number: no kernel looks through all rows for those of a slot."""
+
+    one_size = True
+    calls = tuple(
+        (torch.randn(rows, 256).bfloat16(), torch.randn(rows, 24).bfloat16(), torch.arange(rows).int() % 5 - 1)
+        for rows in (4, 9)
     )
 
 
@@ -112,13 +118,102 @@ class OneTenant(Binary):
         return super().expected(x, residual, None, bias)
 
 
+class AnyRowsOfOneTenant(OneTenant):
+    """No row index: groups of rows share the reading of the signs, however many rows there are."""
+
+    dynamic = (0, 1)
+    one_size = True
+    calls = tuple((torch.randn(rows, 200).half(), torch.randn(rows, 33).half(), None) for rows in (3, 10))
+
+
+class Fused(Binary):
+    """Base and delta in one launch; rows of the base and of no slot."""
+
+    canonical, signs = bank(3, 1, 70, 700)
+    weight, bias = torch.randn(70, 700).bfloat16(), torch.randn(70).bfloat16()
+    calls = ((torch.randn(4, 1, 700).bfloat16(), torch.randn(4, 1, 70).bfloat16(), index(2, -1, 7, 2)),)
+
+    def inputs(self, call):
+        return (*call, self.weight, self.bias)
+
+    def run(self, delta, x, residual, tenant, weight, bias):
+        return relu(linear(x, weight, bias) + delta(x, tenant)) + residual
+
+    def expected(self, x, residual, tenant, weight, bias):
+        base = linear(x.double(), weight.double(), bias.double())
+        return relu(base + reference.delta_linear(x, *self.canonical, tenant)) + residual
+
+
+class FusedGroups(Fused):
+    """All parts of a delta; groups of rows; a number of rows that varies up to a bound."""
+
+    canonical, signs = bank(2, 2, 40, 1000, column=True, rank=2)
+    weight, bias = torch.randn(40, 1000).bfloat16(), torch.randn(40).bfloat16()
+    dynamic, one_size, most = (0, 1, 2), True, 24
+    calls = tuple(
+        (torch.randn(rows, 1000).bfloat16(), torch.randn(rows, 40).bfloat16(), torch.arange(rows).int() % 3 - 1)
+        for rows in (6, 9)
+    )
+
+
+class FusedAnyBatch(Fused):
+    """One row of each entry, in any number: more than one tile of rows."""
+
+    canonical, signs = bank(3, 1, 40, 700)
+    weight, bias = torch.randn(40, 700).bfloat16(), torch.randn(40).bfloat16()
+    dynamic, one_size = (0, 1, 2), True
+    calls = tuple(
+        (torch.randn(rows, 700).bfloat16(), torch.randn(rows, 40).bfloat16(), torch.arange(rows).int() % 5 - 1)
+        for rows in (4, 17)
+    )
+
+
+class Apart(Fused):
+    """The same where autotuning finds that the library and the delta's kernel take less time."""
+
+    options: ClassVar = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN"}
+    fastest = "BaseThenDelta"
+
+
+class Tuned(Apart):
+    """The same where autotuning finds that the fused kernel does, with another entry than the first."""
+
+    fastest = "G=4"
+
+
 PROBLEMS = {
     "binary": Binary(),
     "exact": Exact(),
     "prompts": Prompts(),
     "any rows": AnyRows(),
+    "any batch": AnyBatch(),
     "one tenant": OneTenant(),
+    "any rows of one tenant": AnyRowsOfOneTenant(),
+    "fused": Fused(),
+    "fused groups": FusedGroups(),
+    "fused any batch": FusedAnyBatch(),
+    "apart": Apart(),
+    "tuned": Tuned(),
 }
+KERNEL = {
+    "prompts": "= exact_delta(",
+    "any rows": "= exact_delta(",
+    "fused": "= base_delta_part(",
+    "fused groups": "= base_delta_part(",
+    "fused any batch": "= base_delta_part(",
+    "tuned": "= base_delta_part(",
+}
+
+
+def timed(fastest):
+    """Stands in for Inductor's timing: the choice that has `fastest` in its description."""
+
+    def do_autotuning(self, name, nodes, layout, generators, key, choices, *args, **kwargs):
+        names = [f"{type(choice).__name__} {choice.description}" for choice in choices]
+        assert name != "bitdelta_base_delta" or (len(choices) > 2 and any(fastest in each for each in names))
+        return {choice: 1.0 + (fastest not in each) for choice, each in zip(choices, names, strict=True)}
+
+    return do_autotuning
 
 
 def generate(problem, *, interpreted):
@@ -139,9 +234,7 @@ def generate(problem, *, interpreted):
     names = [f"a{place}" for place in range(len(given) + len(traced_arguments))]
     scope = {"function": function}
     exec(f"def traced({', '.join(names)}):\n    return function({', '.join(names)})", scope)
-    dynamic = {}
-    if getattr(problem, "dynamic", False):
-        dynamic = {len(given): 0, len(given) + 1: 0, len(given) + 2: 0}
+    dynamic = {len(given) + place: 0 for place in problem.dynamic}
     choose = configs.choose
 
     def chosen(*args, **kwargs):
@@ -150,8 +243,13 @@ def generate(problem, *, interpreted):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "choose", chosen)
-        example = (*given, *traced_arguments)
-        code = without_gpu.generated(scope["traced"], example, inductor.compile_graph, dynamic)
+        if problem.fastest is not None:
+            patch.setattr(AlgorithmSelectorCache, "make_precompile_fn", lambda *args, **kwargs: dict)
+            patch.setattr(AlgorithmSelectorCache, "do_autotuning", timed(problem.fastest))
+        code = without_gpu.generated(
+            scope["traced"], (*given, *traced_arguments), inductor.compile_graph, dynamic,
+            one_size=problem.one_size, most=problem.most, **problem.options,
+        )  # fmt: skip
     return code, [[*given, *problem.inputs(call)] for call in problem.calls]
 
 
@@ -192,6 +290,8 @@ def test_generated_code_compiles_and_holds_all_it_needs(name):
     ours = [kernel for kernel in kernels.values() if kernel.kind in ("template", "user_autotune")]
     templates = [name for name, kernel in kernels.items() if kernel.kind == "template"]
     assert len(templates) == 1
+    assert KERNEL.get(name, "= binary_delta(") in code
+    assert ("extern_kernels.mm(" in statements) == (name == "apart")
     assert "relu" in templates[0], "bias, activation and residual are not fused into the op's kernel"
     for kernel in ours:
         made = without_gpu.assemble(kernel)
@@ -200,18 +300,52 @@ def test_generated_code_compiles_and_holds_all_it_needs(name):
 
 
 def test_linears_that_read_the_same_x_share_what_is_made_of_it():
-    (_, first, *_), signs = bank(2, 1, 32, 256)
-    (_, second, *_), more = bank(2, 1, 48, 256)
-    x, tenant = torch.randn(2, 256).bfloat16(), index(0, 1)
+    (_, first, *_), signs = bank(2, 1, 32, 1024)
+    (_, second, *_), more = bank(2, 1, 48, 1024)
+    x, tenant = torch.randn(2, 1024).bfloat16(), index(0, 1)
+    weight, other = torch.randn(32, 1024).bfloat16(), torch.randn(48, 1024).bfloat16()
 
-    def layer(x, signs, first, more, second, tenant):
+    def layer(x, signs, first, more, second, tenant, weight, other):
         one = ops.delta_linear(x, signs, first, None, None, None, tenant, layout=FRAGMENTS)
         two = ops.delta_linear(x, more, second, None, None, None, tenant, layout=FRAGMENTS)
-        return one, two, ops.delta_linear(x + 1, more, second, None, None, None, tenant, layout=FRAGMENTS)
+        three = ops.delta_linear(x, more, second, None, None, None, tenant, layout=FRAGMENTS) + linear(x, other)
+        four = ops.delta_linear(x, signs, first, None, None, None, tenant, layout=FRAGMENTS) + linear(x, weight)
+        five = ops.delta_linear(x + 1, more, second, None, None, None, tenant, layout=FRAGMENTS)
+        return one, two, three, four, five
 
-    code = without_gpu.generated(layer, (x, signs, first, more, second, tenant), inductor.compile_graph)
+    inputs = (x, signs, first, more, second, tenant, weight, other)
+    code = without_gpu.generated(layer, inputs, inductor.compile_graph)
     assert code.count("bits_kernel_0.run(") == 2
-    assert code.count(".run(") >= 5
+    assert len(re.findall(r"triton_tem_fused_\w+\.run\(", code)) == 5
+    zeros = re.findall(r"(\w+) = empty_strided_cuda\(\(4096, \)", code)
+    assert len(zeros) == 1
+    assert len(re.findall(rf"\.run\([^\n]*\b{zeros[0]}\b", code)) == 3, "one fill, two launches that count"
+
+
+def test_the_way_without_a_fused_kernel_is_timed_whole(monkeypatch):
+    from bitdelta_compile.lowering import triton_fused
+
+    called = []
+
+    def timed_once(run, device):
+        run()
+        return 2.5
+
+    def launch(*tensors, out):
+        called.append([tuple(tensor.shape) for tensor in tensors])
+        return lambda: called.append("delta")
+
+    def product(x, weight, out):
+        called.append((tuple(x.shape), tuple(weight.shape), tuple(out.shape)))
+
+    monkeypatch.setattr(triton_fused.benchmarker, "benchmark", timed_once)
+    monkeypatch.setattr(torch, "mm", product)
+    apart = triton_fused.BaseThenDelta.__new__(triton_fused.BaseThenDelta)
+    apart.delta = SimpleNamespace(bmreq=SimpleNamespace(make_run_fn=launch))
+    apart.operands, apart.places = (0, 1), [2, 4]
+    tensors = [torch.empty(size) for size in ((2, 30), (20, 30), (4,), (5,), (6,))]
+    assert apart.benchmark(*tensors, out=torch.empty(2, 20)) == 2.5
+    assert called == [[(4,), (6,)], ((2, 30), (30, 20), (2, 20)), "delta"]
 
 
 @pytest.mark.parametrize(("vocabulary", "features"), [(50, 100), (33, 384), (16, 256)])

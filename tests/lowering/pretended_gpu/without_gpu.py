@@ -59,10 +59,6 @@ class _Driver:
 @contextlib.contextmanager
 def pretended_gpu(**properties: Any) -> Iterator[None]:
     """CUDA looks available, with one device; nothing can be allocated on it."""
-    from torch._inductor.fx_passes import joint_graph, post_grad
-
-    for passes in (joint_graph, post_grad):
-        passes.lazy_init(torch.device("cpu"))  # their patterns are traced with tensors that must exist
     found = SimpleNamespace(**{**H200, **properties})
     answers: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
@@ -89,14 +85,24 @@ def pretended_gpu(**properties: Any) -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch._C, name, value, create=True))
         stack.enter_context(mock.patch.object(torch.version, "cuda", "12.8"))
         stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", create=True))
-        for passes in (joint_graph, post_grad):
-            stack.enter_context(mock.patch.object(passes, "lazy_init"))
         before = triton.runtime.driver._active
         triton.runtime.driver.set_active(_Driver())
         try:
             yield
         finally:
             triton.runtime.driver._active = before
+
+
+@contextlib.contextmanager
+def _patterns_of_a_cpu() -> Iterator[None]:
+    """Inductor's patterns, which it traces with tensors that must exist, are those for a CPU."""
+    from torch._inductor.fx_passes import joint_graph, post_grad
+
+    with contextlib.ExitStack() as stack:
+        for passes in (joint_graph, post_grad):
+            passes.lazy_init(torch.device("cpu"))
+            stack.enter_context(mock.patch.object(passes, "lazy_init"))
+        yield
 
 
 class _Generated(BaseException):
@@ -111,6 +117,9 @@ def generated(
     inputs: Sequence[torch.Tensor],
     compile_graph: Callable[..., Any],
     dynamic: Mapping[int, int] | None = None,
+    *,
+    one_size: bool = False,
+    most: int | None = None,
     **options: Any,
 ) -> str:
     """The code that Inductor generates for `function` on CUDA tensors like `inputs`.
@@ -118,26 +127,23 @@ def generated(
     Args:
         compile_graph: `lowering.inductor.compile_graph`, or a stand-in.
         dynamic: input -> its dimension of any size.
+        one_size: those dimensions of equal size are of equal size in every call.
+        most: what none of them exceeds.
     """
     from torch._inductor.graph import GraphLowering
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     def code_only(self: Any) -> None:
         code = self.codegen()[0]
         raise _Generated(getattr(code, "value", code))
 
-    def fake(index: int, tensor: torch.Tensor) -> torch.Tensor:
-        sizes = [DimDynamic.STATIC] * tensor.dim()
-        if dynamic and index in dynamic:
-            sizes[dynamic[index]] = DimDynamic.DYNAMIC
-        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-        with mode:
-            return torch.empty_like(mode.from_tensor(tensor, symbolic_context=context), device="cuda")
-
     settings = {"compile_threads": 1, "fx_graph_cache": False, "shape_padding": False, "autotune_in_subproc": False}
-    with pretended_gpu(), config.patch(settings), mock.patch.object(GraphLowering, "compile_to_module", code_only):
+    code_only_of = mock.patch.object(GraphLowering, "compile_to_module", code_only)
+    with _patterns_of_a_cpu(), pretended_gpu(), config.patch(settings), code_only_of:
         mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
-        examples = [fake(index, tensor) for index, tensor in enumerate(inputs)]
+        examples = [
+            on_gpu(mode, tensor, (dynamic or {}).get(place), one_size, most) for place, tensor in enumerate(inputs)
+        ]
         with torch._guards.tracing(torch._guards.TracingContext(mode)), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -145,6 +151,29 @@ def generated(
             except _Generated as found:
                 return found.code
     raise AssertionError("Inductor generated nothing")
+
+
+def on_gpu(
+    mode: FakeTensorMode,
+    tensor: torch.Tensor,
+    dynamic: int | None = None,
+    one_size: bool = False,
+    most: int | None = None,
+    device: str = "cuda",
+) -> torch.Tensor:
+    """A fake tensor on a pretended GPU like `tensor`, its dimension `dynamic` of any size; see `generated`."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, StrictMinMaxConstraint
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    sizes, constraints = [DimDynamic.STATIC] * tensor.dim(), [None] * tensor.dim()
+    if dynamic is not None:
+        sizes[dynamic] = DimDynamic.DUCK if one_size else DimDynamic.DYNAMIC
+        if most is not None:
+            bound: Any = StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(1, most))
+            constraints[dynamic] = bound
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=constraints)
+    with mode:
+        return torch.empty_like(mode.from_tensor(tensor, symbolic_context=context), device=device)
 
 
 @dataclasses.dataclass
