@@ -204,7 +204,14 @@ def test_several_rows_per_entry(bank, packed):
 
 
 @pytest.mark.parametrize("kind", ["fused", "fused groups", "exact", "prefill"])
-def test_base_in_the_same_launch(bank, packed, kind):
+def test_base_in_the_same_launch(bank, packed, kind, monkeypatch):
+    made, zeros = [], torch.zeros
+
+    def kept(*size, **kwargs):
+        made.append(zeros(*size, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "zeros", kept)
     tensors = bank(3, 1, 70, 300, rank=2)
     tenant = torch.tensor([2, -1, 0, 2, 2], dtype=torch.int32)
     generator = torch.Generator().manual_seed(9)
@@ -223,3 +230,6 @@ def test_base_in_the_same_launch(bank, packed, kind):
     assert worst(found, base + reference.delta_linear(x, *tensors, tenant)) < 2e-6
     none = run(x, torch.full((5,), -1, dtype=torch.int32), bank(3, 1, 70, 300, rank=2, poisoned=[0, 1, 2]))
     assert torch.equal(none[1], found[1])
+    counters = [tensor for tensor in made if tensor.dim() == 1 and tensor.dtype == torch.int32]
+    assert len(counters) == (2 if kind.startswith("fused") else 0)
+    assert not any(tensor.any() for tensor in counters), "the next launch of a graph counts from there"
