@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import deltafile, sidefiles
 from .checkpoint import Checkpoint, match_names
 from .encodings import KINDS, Encoding
+from .errors import UnsupportedError
 from .fingerprint import Fingerprint
 from .materialize import MAX_SHARD_SIZE, Merge, write_checkpoint
 
@@ -70,6 +71,30 @@ class Delta:
     def nbytes(self) -> int:
         """Bytes of the tensors that `save` writes."""
         return sum(encoding.nbytes for encoding in self.encodings.values()) + self.fingerprint.samples.nbytes
+
+    def encodings_for(self, names: Iterable[str], tied: Mapping[str, str], tenant: str) -> dict[str, Encoding]:
+        """The encodings by a base's canonical names of parameters; those that the base lacks are left out.
+
+        Args:
+            names: all of the base's, aliases among them.
+            tied: the base's aliases -> canonical names.
+            tenant: what an error calls this delta.
+
+        Raises:
+            UnsupportedError: tensors that are one in the base and two in the fine-tune.
+            BaseMismatchError: as `match_names`.
+        """
+        found: dict[str, tuple[str, Encoding]] = {}
+        for theirs, ours in match_names([*self.encodings, *self.tied], names).items():
+            source = self.tied.get(theirs, theirs)
+            encoding = self.encodings[source]
+            other, known = found.setdefault(tied.get(ours, ours), (source, encoding))
+            if known is not encoding:
+                raise UnsupportedError(
+                    f"{other} and {source} are one tensor in the base but two in tenant {tenant}: untie them in the "
+                    f"base first, giving {source} a copy of its own"
+                )
+        return {name: encoding for name, (_, encoding) in found.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the delta to a file, atomically: after any failure the old file, if there was one, is still there."""

@@ -134,6 +134,17 @@ def uses_of(placeholder: fx.Node) -> list[tuple[fx.Node, View]]:
     return found
 
 
+def stored_transposed(placeholder: fx.Node) -> bool | None:
+    """Whether a matrix is stored [K, N], as its first product or lookup says; None where it has none."""
+    for node, view in uses_of(placeholder):
+        use = linear_use(node, view)
+        if use is not None:
+            return use.transposed
+        if embedding_ids(node, view) is not None:
+            return False
+    return None
+
+
 def _is_transpose(node: fx.Node, of: fx.Node) -> bool:
     if not node.args or node.args[0] is not of:
         return False

@@ -26,8 +26,7 @@ from ..delta import Delta
 from ..encodings import Encoding, Same
 from ..errors import BaseMismatchError, UnsupportedError
 from ..fileformat import DTYPES
-from ..serve.reserve import Reserve
-from ..serve.slots import write
+from ..serve.slots import free_dense, lacks, write
 from ..stack import Stack
 from .package import check_cpu, read_metadata
 from .program import PREFIX, TENANT
@@ -164,57 +163,42 @@ class Package:
 
     def _write(self, name: str, slot: int, delta: Delta) -> None:
         encodings = self._encodings(name, delta)
-        places = {parameter: self._place(name, slot, parameter, e) for parameter, e in encodings.items()}
+        others = {other for other in self.tenants.values() if other != slot}
+        for parameter, encoding in encodings.items():
+            if isinstance(encoding, Same):
+                continue
+            missing = lacks(self.stacks[parameter], encoding, self._base[parameter], others)
+            if missing:
+                raise UnsupportedError(
+                    f"tenant {name} needs more of {parameter} than the package has room for: {', '.join(missing)}; "
+                    "merge and package again with reserve=..., or with it among the tenants"
+                )
         with self._lock, torch.no_grad():
             for parameter, stack in self.stacks.items():
-                write(stack, slot, encodings.get(parameter), self._base[parameter], places.get(parameter))
+                write(stack, slot, encodings.get(parameter), self._base[parameter], free_dense(stack, others))
             self._names[slot] = name
 
     def _encodings(self, name: str, delta: Delta) -> dict[str, Encoding]:
         """The delta's encodings by the package's names of parameters, checked against its base."""
         known = [*self._base, *self._tied]
-        paired = match_names([*delta.encodings, *delta.tied], known)
-        fingerprint = delta.fingerprint
-        theirs_of_base = {ours: theirs for theirs, ours in match_names(fingerprint.names, known).items()}
-        if not paired:
+        found = delta.encodings_for(known, self._tied, name)
+        if not found:
             raise BaseMismatchError(f"tenant {name} has no parameter of this package's base: give a delta of that base")
-        found: dict[str, Encoding] = {}
-        for theirs, alias in paired.items():
-            ours, encoding = self._tied.get(alias, alias), delta.encodings[delta.tied.get(theirs, theirs)]
-            if alias in theirs_of_base:
-                sample = self._samples.get(ours)
-                difference = fingerprint.difference(theirs_of_base[alias], self._base[ours], sample)
-                if difference is not None:
-                    raise BaseMismatchError(
-                        f"tenant {name} was made for another base than this package's: {difference}; give a delta of it"
-                    )
-            if found.setdefault(ours, encoding) is not encoding:
-                raise UnsupportedError(f"{ours} is one tensor in this package but two in tenant {name}")
+        fingerprint = delta.fingerprint
+        for theirs, alias in match_names(fingerprint.names, known).items():
+            ours = self._tied.get(alias, alias)
+            difference = fingerprint.difference(theirs, self._base[ours], self._samples.get(ours))
+            if ours in found and difference is not None:
+                raise BaseMismatchError(
+                    f"tenant {name} was made for another base than this package's: {difference}; give a delta of it"
+                )
+        for ours, encoding in found.items():
             if ours not in self.stacks and not isinstance(encoding, Same):
                 raise UnsupportedError(
                     f"tenant {name} changes {ours}, which is the base's for every row in this package: merge and "
                     "package again with it among the tenants"
                 )
         return found
-
-    def _place(self, name: str, slot: int, parameter: str, encoding: Encoding) -> int | None:
-        """A free entry for a dense matrix, if the encoding is one; UnsupportedError where there is no room for it."""
-        if isinstance(encoding, Same):
-            return None
-        stack, base = self.stacks[parameter], self._base[parameter]
-        needed = Reserve.needed(encoding, base)
-        lacks = _room(stack).lacks(needed)
-        free: list[int] = []
-        if needed.dense and stack.dense is not None and stack.place is not None:
-            taken = {int(stack.place[other]) for other in self.tenants.values() if other != slot}
-            free = [entry for entry in range(stack.dense.shape[0]) if entry not in taken]
-            lacks += [] if free else [f"dense={stack.dense.shape[0] + 1}"]
-        if lacks:
-            raise UnsupportedError(
-                f"tenant {name} needs more of {parameter} than the package has room for: {', '.join(lacks)}; merge and "
-                "package again with reserve=..., or with it among the tenants"
-            )
-        return free[0] if free else None
 
 
 def _rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -250,17 +234,3 @@ def _stacks(encodings: Mapping[str, Mapping[str, Any]], constants: Mapping[str, 
             **fields,
         )
     return found
-
-
-def _room(stack: Stack) -> Reserve:
-    """What a slot of a stack has room for."""
-    if stack.small is not None:
-        return Reserve(small=True)
-    return Reserve(
-        planes=stack.planes,
-        col_scale=stack.col_scale is not None,
-        rank=stack.rank,
-        rows=stack.stored_rows,
-        out_features=stack.out_features if stack.grown else 0,
-        dense=0 if stack.dense is None else stack.dense.shape[0],
-    )

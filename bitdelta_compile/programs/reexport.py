@@ -23,6 +23,7 @@ from ..errors import UnsupportedError
 from ..graph.batch import Batch, value_of
 from ..graph.context import Context, Parameter
 from ..graph.merge import BaseGraph
+from ..graph.patterns import stored_transposed
 from ..graph.rewrite import rewrite_for_rows
 from ..quantized import is_quantized
 from ..serve.bank import Bank
@@ -170,7 +171,7 @@ def _rewrite(
         name = graph.held.get(node.name, "")
         name = tied.get(name, name)
         if name in bank.stacks and node.users:
-            stack, base = bank.stacks[name], bank.base.parameters[name]
+            stack, base = bank.settle(name, stored_transposed(node)), bank.base.parameters[name]
             parameters[node] = Parameter(name, stack, base, bank.changed(name))
     rewritten, context, _ = rewrite_for_rows(graph.module, parameters, batch, exact=exact)
     return rewritten, context

@@ -7,19 +7,21 @@ points at another slot from one call to the next, so a call that is under way se
 What a tenant lacks of a slot's room costs it nothing in the result and little in time: planes that it does not have
 get zero row scales, which the CPU kernel skips; a low-rank part that it does not have is zero; column scales that it
 does not have are ones; a parameter that equals the base's has all its planes so.
+
+Whether a matrix is stored [N, K] or [K, N] is said by the encodings of tenants. Where none has said it yet, it is
+settled by the first graph that uses the matrix, or the first tenant that changes it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import match_names, open_checkpoint
+from ..checkpoint import open_checkpoint
 from ..delta import Delta
 from ..deltafile import require_finite
 from ..encodings import Encoding, Matrix, Rows, Same
@@ -27,7 +29,7 @@ from ..errors import UnsupportedError
 from ..quantized import is_quantized
 from ..stack import Stack
 from .reserve import Reserve, plan
-from .slots import allocate, copy, write
+from .slots import allocate, copy, free_dense, lacks, write
 
 
 class Base:
@@ -67,28 +69,16 @@ class Base:
             UnsupportedError: tensors that are one in the base and two in the fine-tune, or a shape of its own.
         """
         delta.fingerprint.check(self.checkpoint)
-        names = [*self.parameters, *self.aliases]
-        paired = match_names([*delta.encodings, *delta.tied], names)
-        found: dict[str, tuple[str, Encoding]] = {}
-        for theirs, ours in paired.items():
-            source = delta.tied.get(theirs, theirs)
-            encoding = delta.encodings[source]
-            canonical = self.aliases.get(ours, ours)
-            other, known = found.setdefault(canonical, (source, encoding))
-            if known is not encoding:
-                raise UnsupportedError(
-                    f"{other} and {source} are one tensor in the base but two in tenant {tenant}: untie them in the "
-                    f"base before attaching, giving {source} a copy of its own"
-                )
+        found = delta.encodings_for([*self.parameters, *self.aliases], self.aliases, tenant)
+        met = {id(encoding) for encoding in found.values()}
         for name, encoding in delta.encodings.items():
-            met = name in paired or any(alias in paired for alias, of in delta.tied.items() if of == name)
-            if not met and not isinstance(encoding, Same):  # a buffer, or a parameter that nobody changed
+            if id(encoding) not in met and not isinstance(encoding, Same):  # a buffer, or a parameter of a head
                 raise UnsupportedError(
                     f"tenant {tenant} has {name}, which the base does not: attach the model that has it "
                     "(the same class as the fine-tune)"
                 )
             require_finite(name, encoding, tenant)
-        return {ours: self._checked(tenant, ours, encoding) for ours, (_, encoding) in found.items()}
+        return {ours: self._checked(tenant, ours, encoding) for ours, encoding in found.items()}
 
     def _checked(self, tenant: str, name: str, encoding: Encoding) -> Encoding:
         base = self.parameters[name]
@@ -157,8 +147,9 @@ class Bank:
         self.base, self.slots = base, slots
         encodings = {name: base.encodings(name, delta) for name, delta in tenants.items()}
         self.reserve = plan(base.parameters, encodings, reserve)
-        transposed = _orientation(base, encodings)
-        self.stacks = _stacks(base, self.reserve, slots, transposed)
+        said = _said(encodings)
+        self.stacks = _stacks(base, self.reserve, slots, said)
+        self._open = {name for name, stack in self.stacks.items() if stack.small is None} - said.keys()
         self.refused: dict[str, str] = {}  # parameter -> why no graph can give each row its own
         self._lock = threading.Lock()
         self._slot: dict[str, int] = {}
@@ -260,24 +251,43 @@ class Bank:
         base, stack = self.base.parameters[parameter], self.stacks.get(parameter)
         if parameter in self.refused:
             raise UnsupportedError(f"tenant {tenant} changes {parameter}: {self.refused[parameter]}")
-        needed, room = Reserve.needed(encoding, base), self.reserve[parameter]
-        if needed.dense and stack is not None and stack.dense is not None and self._free_dense(stack) is None:
-            needed = dataclasses.replace(needed, dense=room.dense + 1)
-        lacks = room.lacks(needed)
-        stored = None if stack is None or room.small else stack.transposed
-        if isinstance(encoding, Matrix) and stored is not None and encoding.transposed != stored:
-            lacks.append(f"transposed={encoding.transposed}")
-        if lacks:
+        missing = lacks(stack, encoding, base, self._in_use(), oriented=parameter not in self._open)
+        if missing:
             raise UnsupportedError(
-                f"tenant {tenant} needs more of {parameter} than was reserved: {', '.join(lacks)}; attach with it "
+                f"tenant {tenant} needs more of {parameter} than was reserved: {', '.join(missing)}; attach with it "
                 "among the first tenants or with reserve=..., or call grow(fit=[delta]), which compiles again"
             )
 
-    def _free_dense(self, stack: Stack) -> int | None:
-        assert stack.dense is not None
-        assert stack.place is not None
-        live = {int(stack.place[slot]) for slot in self._in_use()}
-        return next((entry for entry in range(stack.dense.shape[0]) if entry not in live), None)
+    def settle(self, parameter: str, transposed: bool | None) -> Stack:
+        """The stack of a matrix, from now on stored as a graph that uses it says, unless a tenant has said it.
+
+        Args:
+            transposed: it is stored [K, N]; None: nothing can be said.
+        """
+        with self._lock:
+            if transposed is not None:
+                self._settle(parameter, transposed)
+            return self.stacks[parameter]
+
+    @torch.no_grad()
+    def _settle(self, parameter: str, transposed: bool) -> None:
+        """No tenant has planes or rows of an open matrix: what may move is dense."""
+        if parameter not in self._open:
+            return
+        self._open.discard(parameter)
+        old, base = self.stacks[parameter], self.base.parameters[parameter]
+        if old.transposed == transposed:
+            return
+        new = allocate(base, self.reserve[parameter], self.slots, transposed)
+        assert new is not None
+        for slot in self._in_use():
+            write(new, slot, None, base, None)
+        if old.dense is not None and old.place is not None:
+            assert new.dense is not None
+            assert new.place is not None
+            new.dense.copy_(old.dense.mT)
+            new.place.copy_(old.place)
+        self.stacks[parameter] = new
 
     def _in_use(self) -> set[int]:
         return {*self._slot.values(), *(slot for slot, count in enumerate(self._leases) if count)}
@@ -292,9 +302,10 @@ class Bank:
                 f"all {self.slots} slots are taken: remove a tenant, attach with more slots=..., or call "
                 "grow(slots=...), which compiles again"
             )
+        for parameter, transposed in _said({name: encodings}).items():
+            self._settle(parameter, transposed)
         for parameter, stack in self.stacks.items():
-            dense = None if stack.dense is None else self._free_dense(stack)
-            write(stack, slot, encodings.get(parameter), self.base.parameters[parameter], dense)
+            write(stack, slot, encodings.get(parameter), self.base.parameters[parameter], free_dense(stack, used))
         self._slot[name], self.side_files[name] = slot, delta.side_files
         self._changed[name] = frozenset(
             parameter for parameter, encoding in encodings.items() if not isinstance(encoding, Same)
@@ -322,10 +333,12 @@ class Bank:
             bank = Bank(self.base, {}, wider)
             wanted = plan(self.base.parameters, more, reserve)
             bank.reserve = {name: room | wanted[name] for name, room in self.reserve.items()}
-            transposed = {name for name, stack in self.stacks.items() if stack.transposed} | _orientation(
-                self.base, more
-            )
-            bank.stacks = _stacks(self.base, bank.reserve, wider, transposed)
+            for name, transposed in _said(more).items():
+                self._settle(name, transposed)
+            settled = {name: stack.transposed for name, stack in self.stacks.items() if name not in self._open}
+            said = _said(more) | settled
+            bank.stacks = _stacks(self.base, bank.reserve, wider, said)
+            bank._open = {name for name, stack in bank.stacks.items() if stack.small is None} - said.keys()
             for name, stack in self.stacks.items():
                 if (stack.small is None) != (bank.stacks[name].small is None):
                     raise UnsupportedError(
@@ -346,23 +359,17 @@ def _check_name(name: object) -> None:
         raise UnsupportedError(f"a tenant's name is a string that is not empty, got {name!r}")
 
 
-def _orientation(base: Base, tenants: Mapping[str, Mapping[str, Encoding]]) -> set[str]:
-    """Matrices that are stored [K, N]: as some tenant says, or as its module's kind does elsewhere."""
-    said = {
+def _said(tenants: Mapping[str, Mapping[str, Encoding]]) -> dict[str, bool]:
+    """Whether a matrix is stored [K, N], for those of which some tenant says it."""
+    return {
         name: encoding.transposed
         for encodings in tenants.values()
         for name, encoding in encodings.items()
         if isinstance(encoding, Matrix)
     }
-    kind = {
-        f"{path}.{name}" if path else name: type(module)
-        for path, module in base.module.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    kinds = {kind.get(name) for name, transposed in said.items() if transposed}
-    return {name for name in base.parameters if said.get(name, kind.get(name) in kinds)}
 
 
-def _stacks(base: Base, reserve: Mapping[str, Reserve], slots: int, transposed: Set[str]) -> dict[str, Stack]:
+def _stacks(base: Base, reserve: Mapping[str, Reserve], slots: int, said: Mapping[str, bool]) -> dict[str, Stack]:
+    transposed = {name for name, stored in said.items() if stored}
     found = {name: allocate(base.parameters[name], room, slots, name in transposed) for name, room in reserve.items()}
     return {name: stack for name, stack in found.items() if stack is not None}

@@ -23,6 +23,7 @@ from ..errors import BitDeltaError, UnsupportedError
 from ..explain import remember
 from ..graph.batch import Batch, value_of
 from ..graph.context import Context, Parameter
+from ..graph.patterns import stored_transposed
 from ..graph.rewrite import rewrite_for_rows
 from ..lowering import torch_internals
 from ..lowering.inductor import compile_graph
@@ -85,7 +86,7 @@ class TenantGraphs:
                 "model read it from its inputs, or call it with one row at a time"
             )
         parameters = {
-            node: Parameter(name, bank.stacks[name], value, bank.changed(name))
+            node: Parameter(name, bank.settle(name, stored_transposed(node)), value, bank.changed(name))
             for node, value in given.items()
             if (name := bank.base.by_id.get(id(value), "")) in bank.stacks and name not in bank.refused
         }

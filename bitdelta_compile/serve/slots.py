@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..encodings import Dense, Encoding, Rows, Same, Sign
+from ..encodings import Dense, Encoding, Matrix, Rows, Same, Sign
 from ..kernels.configs import device_layout
 from ..kernels.layout import packed_shape, to_layout
 from ..quantized import values
@@ -15,37 +17,79 @@ from ..stack import Stack
 from .reserve import Reserve
 
 
-def allocate(base: Tensor, room: Reserve, slots: int, transposed: bool) -> Stack | None:
+def allocate(base: Tensor, reserve: Reserve, slots: int, transposed: bool) -> Stack | None:
     """The tensors of one parameter's slots, with no tenant in any; None for no room."""
     shape, dtype, device = tuple(base.shape), base.dtype, base.device
-    if room == Reserve():
+    if reserve == Reserve():
         return None
-    if room.small:
+    if reserve.small:
         small = torch.zeros(slots + 1, *shape, dtype=dtype, device=device)
         small[slots].copy_(values(base.detach()))
         return Stack(shape, dtype, small=small)
     outputs, features = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
     tensors: dict[str, Any] = {}
-    if room.planes:
+    if reserve.planes:
         sizes = packed_shape(outputs, features, device_layout(device))
-        tensors["signs"] = torch.zeros(slots, room.planes, *sizes, dtype=torch.int32, device=device)
-        tensors["row_scale"] = torch.zeros(slots, room.planes, outputs, device=device)
-        if room.col_scale:
-            tensors["col_scale"] = torch.zeros(slots, room.planes, features, device=device)
-        if room.rank:
-            tensors["left"] = torch.zeros(slots, outputs, room.rank, dtype=torch.bfloat16, device=device)
-            tensors["right"] = torch.zeros(slots, room.rank, features, dtype=torch.bfloat16, device=device)
-    largest = max(room.out_features, outputs)
-    if room.rows:
-        tensors["rows_index"] = torch.full((slots, room.rows), largest, dtype=torch.int64, device=device)
-        tensors["rows_values"] = torch.zeros(slots, room.rows, features, dtype=dtype, device=device)
-    if room.out_features > outputs:
+        tensors["signs"] = torch.zeros(slots, reserve.planes, *sizes, dtype=torch.int32, device=device)
+        tensors["row_scale"] = torch.zeros(slots, reserve.planes, outputs, device=device)
+        if reserve.col_scale:
+            tensors["col_scale"] = torch.zeros(slots, reserve.planes, features, device=device)
+        if reserve.rank:
+            tensors["left"] = torch.zeros(slots, outputs, reserve.rank, dtype=torch.bfloat16, device=device)
+            tensors["right"] = torch.zeros(slots, reserve.rank, features, dtype=torch.bfloat16, device=device)
+    largest = max(reserve.out_features, outputs)
+    if reserve.rows:
+        tensors["rows_index"] = torch.full((slots, reserve.rows), largest, dtype=torch.int64, device=device)
+        tensors["rows_values"] = torch.zeros(slots, reserve.rows, features, dtype=dtype, device=device)
+    if reserve.out_features > outputs:
         tensors["vocabulary"] = torch.full((slots + 1,), outputs, dtype=torch.int64, device=device)
-    if room.dense:
-        tensors["dense"] = torch.zeros(room.dense, outputs, features, dtype=dtype, device=device)
+    if reserve.dense:
+        tensors["dense"] = torch.zeros(reserve.dense, outputs, features, dtype=dtype, device=device)
         tensors["place"] = torch.full((slots,), -1, dtype=torch.int64, device=device)
-    more = largest if room.rows or room.out_features > outputs else 0
+    more = largest if reserve.rows or reserve.out_features > outputs else 0
     return Stack(shape, dtype, transposed, out_features=more, **tensors)
+
+
+def room(stack: Stack | None) -> Reserve:
+    """What a slot has room for."""
+    if stack is None:
+        return Reserve()
+    if stack.small is not None:
+        return Reserve(small=True)
+    return Reserve(
+        planes=stack.planes,
+        col_scale=stack.col_scale is not None,
+        rank=stack.rank,
+        rows=stack.stored_rows,
+        out_features=stack.out_features if stack.grown else 0,
+        dense=0 if stack.dense is None else stack.dense.shape[0],
+    )
+
+
+def free_dense(stack: Stack, used: Iterable[int]) -> int | None:
+    """An entry for a dense matrix that none of these slots has; None where there is none."""
+    if stack.dense is None or stack.place is None:
+        return None
+    taken = {int(stack.place[slot]) for slot in used}
+    return next((entry for entry in range(stack.dense.shape[0]) if entry not in taken), None)
+
+
+def lacks(
+    stack: Stack | None, encoding: Encoding, base: Tensor, used: Iterable[int], *, oriented: bool = True
+) -> list[str]:
+    """What an encoding needs and a slot has no room for, in words.
+
+    Args:
+        used: slots whose dense matrices stay.
+        oriented: whether the matrix is stored [N, K] or [K, N] is settled.
+    """
+    there, needed = room(stack), Reserve.needed(encoding, base)
+    if needed.dense and stack is not None and there.dense and free_dense(stack, used) is None:
+        needed = dataclasses.replace(needed, dense=there.dense + 1)
+    found = there.lacks(needed)
+    if stack is not None and stack.small is None and oriented and isinstance(encoding, Matrix):
+        found += [f"transposed={encoding.transposed}"] if encoding.transposed != stack.transposed else []
+    return found
 
 
 def write(stack: Stack, slot: int, encoding: Encoding | None, base: Tensor, dense: int | None) -> None:

@@ -145,6 +145,26 @@ def test_encodings_of_all_kinds_side_by_side(net: Net) -> None:
             assert (own[..., :V] - plain).norm() > 0.01 * plain.norm()
 
 
+@pytest.mark.parametrize("called_before", [False, True])
+def test_tenants_of_a_bank_that_began_empty(net: Net, called_before: bool) -> None:
+    """Nobody has said that `down` is stored [K, N]: the first graph or the first tenant that knows does."""
+    known = of_each_kind(net)
+    model = bdc.attach(net, {}, reserve=Reserve(planes=2, col_scale=True, rank=3, rows=3, dense=3), lower="eager")
+    ids = torch.randint(V, (5, 6), generator=torch.Generator().manual_seed(1))
+    names: list[str | None] = ["dense", None, "sign", "rank", "rows"]
+    if called_before:
+        torch.testing.assert_close(model(ids, tenants=[None] * 5), alone(net, None, ids), rtol=1e-4, atol=1e-4)
+    for name in names:
+        if name is not None:
+            model.add(name, known[name])
+    graphs = model._graphs.graphs
+    found = model(ids, tenants=names)
+    assert model._graphs.graphs == (graphs if called_before else 1)
+    for row, name in enumerate(names):
+        own = alone(net, known[name] if name is not None else None, ids[row : row + 1])
+        torch.testing.assert_close(found[row : row + 1], own, rtol=1e-4, atol=1e-4)
+
+
 def test_an_added_token_in_anothers_row_is_an_error(net: Net) -> None:
     model = bdc.attach(net, of_each_kind(net), lower="eager")
     for token, fine, others in ((V + 1, "grown", ("sign", None, "dense")), (V + 3, "grown more", ("grown", None))):

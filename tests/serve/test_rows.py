@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,6 +146,14 @@ def test_every_row_is_its_tenants_whoever_else_is_there(served: Served) -> None:
             if turned[row] == tenants[row]:
                 assert torch.equal(again[row], found[row])
     assert served.model._graphs.graphs == 1
+
+
+def test_tenants_differ_by_far_more_than_they_may_be_off(served: Served) -> None:
+    with torch.no_grad():
+        outputs = [model(**served.inputs)[0] for model in served.alone.values()]
+    for row in range(ROWS):
+        apart = [(one[row] - other[row]).norm() for one, other in itertools.combinations(outputs, 2)]
+        assert min(apart) > 0.3 * max(apart) > 0.01 * outputs[0][row].norm()
 
 
 def grown(base: Any, tokens: int, seed: int) -> Any:
