@@ -85,7 +85,7 @@ def entries() -> Iterator[Entry]:
                 (" with base", even, 1, True, (90,)),
             )
             if exact == configs.PREFILL[1]:  # an entry for sm_100, which only autotuning could take elsewhere
-                forms = ((" of sm_100", even, 1, False, (90, 100)), (" of sm_100, ragged", odd, 1, False, (100,)))
+                forms = ((" of sm_100", even, 1, False, (90, 100)),)
             for form, constants, splits, base, targets in forms:
                 constants = {**_sizes(exact.of_parts(splits)), **constants, **indexed, "SPLITS": splits, "BASE": base}
                 constants |= {"SORTED": is_sorted, "SP": 32, "FORM": "asm"}

@@ -39,7 +39,7 @@ PLANS = {
     "binary groups": (binary(configs.BINARY_DECODE[2], True), 2e-6),
     "binary along N": (binary(configs.Binary(1, 2, 2, 2, 2), True), 2e-6),
     "exact": (exact(SMALL, 3), 2e-6),
-    "prefill": (exact(dataclasses.replace(SMALL, BM=16), 3, is_sorted=True), 2e-6),
+    "prefill": (exact(configs.PREFILL[0].of_parts(3), 3, is_sorted=True), 2e-6),
 }
 
 
