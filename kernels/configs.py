@@ -17,7 +17,6 @@ from .layout import CANONICAL, FRAGMENTS
 DECODE_ROWS = 64
 BINARY_FEATURES = 32768  # up to which its int32 sums are exact
 MOST_ROWS_EACH = 4  # rows of an entry of the row index, up to which a graph for any number of rows is one for decoding
-UNBOUNDED_TILE = 16  # rows of a slot together where the number of rows has no bound but is likely small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +192,7 @@ def choose(
     binary = not exact and isinstance(arch, int) and arch < 100 and features <= BINARY_FEATURES
     parts = splits(dtype, column, True)
     if unbounded is not None and not (binary and unbounded.decodes):
-        entry = dataclasses.replace(EXACT_DECODE[0], BM=UNBOUNDED_TILE)
-        return Plan(entry.of_parts(parts), splits=parts, sorted=True, form=form)
+        return Plan(many.of_parts(parts), splits=parts, sorted=True, form=form)
     if not binary:
         config = EXACT_DECODE[0].of_parts(parts)
         if rows > slots * config.BM:

@@ -96,7 +96,7 @@ def test_static_facts_choose_the_kernel(arch, rows, slots, change, expected):
 ONE_EACH = configs.Unbounded(indexed=True, each=1)
 PROMPTS = configs.Unbounded(indexed=True, each=None)
 NO_INDEX = configs.Unbounded(indexed=False, each=None)
-SORTED = configs.Plan(dataclasses.replace(configs.EXACT_DECODE[0], BM=configs.UNBOUNDED_TILE), sorted=True)
+SORTED = configs.Plan(configs.PREFILL[0], sorted=True)
 
 
 @pytest.mark.parametrize(
