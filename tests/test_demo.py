@@ -72,7 +72,7 @@ def material(bert_pair, tmp_path_factory: pytest.TempPathFactory) -> Material:  
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter += 0.01 * torch.randn_like(parameter).sign()
+            parameter += 0.005 * torch.randn_like(parameter).sign()
     other.save_pretrained(folder / "other")
     for path in bert_pair.base.glob("token*"):
         (folder / "other" / path.name).write_bytes(path.read_bytes())

@@ -124,9 +124,11 @@ class _Matrices:
         if done is None:
             done = fit(matrix, metric, self.settings, planes=planes, rank=rank, weight=weight)
             if done.weight_error > self.settings.max_error and self.settings.method == "sequential":
-                # Error feedback moves errors to where these inputs do not see them; the delta's own signs do not.
+                # Error feedback moves errors to where these inputs do not see them, and so does making up for earlier
+                # layers; the delta's own signs do not.
                 own = dataclasses.replace(self.settings, method="closed_form")
-                other = fit(matrix, metric, own, planes=planes, rank=rank, weight=weight)
+                still = None if metric is None else metric.unshifted()
+                other = fit(matrix, still, own, planes=planes, rank=rank, weight=weight)
                 done = min(done, other, key=lambda each: each.weight_error)
             if self.work is not None:
                 done = self.work.store(name, done)

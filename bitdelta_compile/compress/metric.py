@@ -78,6 +78,13 @@ class Metric:
     mean: Tensor | None = None
     offset: Tensor | None = None
 
+    def unshifted(self) -> Metric:
+        """The metric for which weights are to be what they are in the tuned model."""
+        if self.shift is None:
+            return self
+        offset = None if self.offset is None or self.mean is None else self.offset + self.shift @ self.mean
+        return dataclasses.replace(self, shift=None, offset=offset)
+
     @property
     def ordered(self) -> Tensor:
         """H in that order."""
