@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 BLOCK_TOKENS = 2048
-# H + DAMPING * mean(diag H) * I: directions that calibration never showed still count a little.
+# H + DAMPING * mean(diag H) * I: directions that calibration never showed still count a little. The mean input's share of
+# the diagonal counts for that, also where a bias makes up for it.
 DAMPING = 0.01
 
 
@@ -100,13 +101,12 @@ def measure(moments: Moments, *, factor: bool, extra: float = 0.0, centered: boo
             that are also looked up.
         centered: a bias makes up for what the mean input makes of errors.
     """
-    mean = offset = None
-    if centered:
-        mean, offset = moments.center()
-    h = moments.gram.div_(max(1, moments.tokens))
-    level = float(h.diagonal().mean()) if h.numel() else 0.0
+    tokens = max(1, moments.tokens)
+    level = float(moments.gram.diagonal().mean()) / tokens if moments.gram.numel() else 0.0
     if not level > 0:
         return None
+    mean, offset = moments.center() if centered else (None, None)
+    h = moments.gram.div_(tokens)
     order = h.diagonal().argsort(descending=True, stable=True)
     damping = DAMPING * level + extra
     h.diagonal().add_(damping)
@@ -119,7 +119,7 @@ def measure(moments: Moments, *, factor: bool, extra: float = 0.0, centered: boo
         lower, failed = torch.linalg.cholesky_ex(h)
     shift = None
     if moments.drift is not None:
-        shift = torch.cholesky_solve(moments.drift.T, lower).T.div_(moments.tokens)
+        shift = torch.cholesky_solve(moments.drift.T, lower).T.div_(tokens)
         moments.drift = None
     inverse = torch.cholesky_inverse(lower)
     del lower

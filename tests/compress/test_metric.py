@@ -19,9 +19,11 @@ def moments(x, tuned=None):
     return found
 
 
-def damped(x):
+def damped(x, mean=0.0):
     h = x.double().T @ x.double() / x.shape[0]
-    return h + DAMPING * h.diagonal().mean() * torch.eye(x.shape[1])
+    level = h.diagonal().mean()
+    apart = (x - mean).double()
+    return apart.T @ apart / x.shape[0] + DAMPING * level * torch.eye(x.shape[1])
 
 
 @pytest.mark.parametrize("block", [7, 2048])
@@ -91,10 +93,14 @@ def test_centered_inputs_leave_their_mean_to_a_bias():
     x, w = inputs(tokens=400) + torch.randn(12), torch.randn(5, 12)
     tuned = x + 0.05 * torch.randn(400, 12) + 0.3
     found = measure(moments(x, tuned), factor=True, centered=True)
-    torch.testing.assert_close(found.h.double(), damped(x - x.mean(0)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.h.double(), damped(x, x.mean(0)), rtol=1e-3, atol=1e-4)
     drift = (tuned - x - (tuned - x).mean(0)).double().T @ (x - x.mean(0)).double() / 400
-    torch.testing.assert_close(found.shift.double(), drift @ damped(x - x.mean(0)).inverse(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(found.shift.double(), drift @ damped(x, x.mean(0)).inverse(), rtol=1e-2, atol=1e-3)
     error = 0.1 * torch.randn(5, 12)
     kept = w + w @ found.shift - error  # what planes make of the target
     lacking = error @ found.mean + w @ found.offset
     torch.testing.assert_close((tuned @ w.T).mean(0), (x @ kept.T + lacking).mean(0), rtol=1e-4, atol=1e-4)
+    plain = found.unshifted()
+    assert plain.shift is None
+    lacking = error @ plain.mean + w @ plain.offset
+    torch.testing.assert_close((tuned @ w.T).mean(0), (x @ (w - error).T + lacking).mean(0), rtol=1e-4, atol=1e-4)
