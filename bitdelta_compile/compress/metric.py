@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 BLOCK_TOKENS = 2048
-# H + DAMPING * mean(diag H) * I: directions that calibration never showed still count a little. The mean input's share of
-# the diagonal counts for that, also where a bias makes up for it.
+# H + DAMPING * mean(diag H) * I: directions that calibration never showed still count a little. The mean of H's diagonal
+# is taken with the mean input, also where a bias makes up for that.
 DAMPING = 0.01
 
 
