@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 BLOCK_TOKENS = 2048
-# H + DAMPING * mean(diag H) * I: directions that calibration never showed still count a little. The mean of H's diagonal
-# is taken with the mean input, also where a bias makes up for that.
+# H + DAMPING * mean(diag H) * I: directions that calibration never showed still count a little. That mean is taken with
+# the mean input in it, also where a bias makes up for the mean input.
 DAMPING = 0.01
 
 
