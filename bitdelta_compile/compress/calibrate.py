@@ -186,7 +186,7 @@ def make_batches(
 
 
 @contextlib.contextmanager
-def buffers_on(model: nn.Module, device: torch.device | None) -> Iterator[None]:
+def _buffers_on(model: nn.Module, device: torch.device | None) -> Iterator[None]:
     """The model's buffers on a device, and where they were afterwards; None leaves them."""
     moved = []
     try:
@@ -202,12 +202,16 @@ def buffers_on(model: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """No dropout, no gradients; every module's training flag is as before afterwards."""
+def evaluation(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+    """No dropout, no gradients; every module's training flag is as before afterwards.
+
+    Args:
+        device: where the buffers are meanwhile; None leaves them. Parameters stay (`streams.Values.device` is theirs).
+    """
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _buffers_on(model, device):
             yield
     finally:
         for module, training in flags:

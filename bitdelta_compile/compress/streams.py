@@ -23,26 +23,11 @@ from .uses import Use, UseRecorder
 
 _NARROW = (torch.bfloat16, torch.float16)
 # Questions about a tensor and views of it: answered without a converted copy.
-_VIEWS = frozenset(
-    (
-        *(
-            "size",
-            "dim",
-            "ndimension",
-            "numel",
-            "stride",
-            "is_contiguous",
-            "is_floating_point",
-            "data_ptr",
-            "detach",
-            "t",
-        ),
-        *("storage_offset", "transpose", "permute", "view", "reshape", "expand", "unsqueeze", "squeeze", "select"),
-        *("narrow", "chunk", "split"),
-    )
-)
-
-
+_VIEWS = frozenset((
+    "size", "dim", "ndimension", "numel", "stride", "is_contiguous", "is_floating_point", "data_ptr", "detach", "t",
+    "storage_offset", "transpose", "permute", "view", "reshape", "expand", "unsqueeze", "squeeze", "select", "narrow",
+    "chunk", "split",
+))  # fmt: skip
 # Operations that want their operands in one dtype: a graph may cast some of them to a narrow one by name.
 _ALIKE = frozenset(("scaled_dot_product_attention", "linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "baddbmm"))
 

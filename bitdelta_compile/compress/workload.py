@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,14 +55,9 @@ class Workload:
     model: nn.Module | None = None
     device: torch.device | None = None
 
-    @contextlib.contextmanager
-    def evaluation(self) -> Iterator[None]:
+    def evaluation(self) -> contextlib.AbstractContextManager[None]:
         """To run in: no dropout, no gradients."""
-        if self.model is None:
-            yield
-            return
-        with calibrate.evaluation(self.model), calibrate.buffers_on(self.model, self.device):
-            yield
+        return contextlib.nullcontext() if self.model is None else calibrate.evaluation(self.model, self.device)
 
 
 def _architecture(checkpoint: Checkpoint) -> tuple[type[nn.Module], Any] | None:
@@ -232,12 +227,9 @@ def _sampled(
         drawn = [stored[key] for key in sorted(stored)]
     else:
         starts = first_tokens(model, tokenizer)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(calibrate.evaluation(model))
-            if device is not None:
-                values = TunedValues(handles, device)  # one matrix at a time is there
-                stack.enter_context(calibrate.buffers_on(model, device))
-                stack.enter_context(Substitution(handles, lambda use: values.forget(), values))
+        values = TunedValues(handles, device)  # one matrix at a time is there
+        away = Substitution(handles, lambda use: values.forget(), values) if device is not None else None
+        with calibrate.evaluation(model, device), away or contextlib.nullcontext():
             drawn = sample(
                 model, starts, tokens, longest=calibrate.sequence_length(model), temperature=temperature, seed=seed,
                 device=device, progress=progress,

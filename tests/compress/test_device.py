@@ -57,7 +57,7 @@ def test_a_model_computes_elsewhere_than_its_weights_are(build, fitted, dtype):
         values.vectors["linear.bias"] = torch.zeros(48, dtype=dtype)
     before = {name: tensor.device for name, tensor in [*handles.items(), *model.named_buffers()]}
     mode = Substitution(handles, lambda use: values.forget(), values)
-    with calibrate.evaluation(model), calibrate.buffers_on(model, AWAY), mode:
+    with calibrate.evaluation(model, AWAY), mode:
         found = model(input_ids=torch.zeros(2, 8, dtype=torch.int64))[0]
     assert found.device == AWAY
     assert found.dtype == torch.float32
