@@ -168,7 +168,10 @@ def _place(device: torch.device | str | None) -> torch.device | None:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UnsupportedError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]})") from None
+        raise UnsupportedError(
+            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}): give one that torch has on this "
+            "machine, or none"
+        ) from None
 
 
 def _check_ties(ours: Checkpoint, theirs: Checkpoint) -> None:
