@@ -130,7 +130,10 @@ def compress(
     ] = 0,
     work_dir: Annotated[
         Path | None,
-        typer.Option("--work-dir", help="Keeps every fitted matrix: the call, repeated, goes on from there."),
+        typer.Option(
+            "--work-dir",
+            help="Keeps every fitted matrix and step of --distill: the call, repeated, goes on from there.",
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Where to compute, cuda for example; weights go there one at a time.")
@@ -168,7 +171,7 @@ def compress(
             progress=report,
         )
         if distill:
-            delta = train(base, tuned, delta, texts, steps=distill, seed=seed, progress=report)
+            delta = train(base, tuned, delta, texts, steps=distill, seed=seed, work_dir=work_dir, progress=report)
         delta.save(output)
     _show_written(delta, output, time.perf_counter() - start, as_json)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,11 +25,13 @@ from ..delta import Delta
 from ..encodings import Sign
 from ..errors import BaseMismatchError, BitDeltaError, CalibrationError, UnsupportedError
 from ..fidelity import load_model, padded
+from ..fingerprint import Fingerprint
 from ..progress import Progress
 from .calibrate import Batch, device_of, evaluation, given_batches, random_tokens, sequence_length
 from .deltapath import DeltaPath, Per, TrainedSign
 from .sample import can_write, first_tokens, sample
-from .workload import tokenizer_of
+from .workdir import WorkDir
+from .workload import digest_of, tokenizer_of
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,10 @@ LEARNING_RATE = 1e-4  # as published
 _EPSILON = 1e-8
 _DIVERGED = 10.0  # times the start's loss
 _OWN_TOKENS = 8192  # sampled or random ones
+_ADAM = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each parameter
+
+# By name, each parameter under sign planes, and those planes.
+_Planes = Mapping[str, tuple[Tensor, TrainedSign]]
 
 
 def distill(
@@ -51,6 +58,7 @@ def distill(
     relative: bool = False,
     per: Per = "matrix",
     seed: int = 0,
+    work_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Delta:
     """Train the scales of a delta so that base + delta gives what `tuned` gives. The defaults are the paper's.
@@ -68,6 +76,8 @@ def distill(
         learning_rate: of Adam; `relative` makes it a share of each matrix's mean scale.
         per: train one factor for each plane of a `matrix`, or one for each `row` of it.
         seed: of the order of texts, and of sampled or random tokens.
+        work_dir: a folder in which every step is kept: an interrupted call, repeated, goes on from there and gives the
+            same delta.
         progress: called with (stage, done, total).
 
     Returns:
@@ -78,8 +88,8 @@ def distill(
         BitDeltaError: training diverged.
         BaseMismatchError: the delta is not of this base, or holds parameters that the model does not have.
         CalibrationError: calibration that is empty, that the model does not take, or on which it gives NaN.
-        UnsupportedError: an option out of range, a delta without sign planes, or a model whose output is neither
-            logits nor hidden states.
+        UnsupportedError: an option out of range, a delta without sign planes, a model whose output is neither logits
+            nor hidden states, or a `work_dir` that holds other work.
     """
     _check_options(steps, batch, length, learning_rate, per)
     for module in (base, tuned):
@@ -97,7 +107,14 @@ def distill(
     planes = _set_up(student, base, delta, per)
     if not planes:
         raise UnsupportedError("the delta has no sign plane, so there are no scales to train: compress with planes=1")
-    losses = _train(teacher, student, planes, samples, steps, learning_rate, relative, progress)
+    options = {"steps": steps, "batch": batch, "length": length, "rate": learning_rate, "per": per, "seed": seed}
+    work = None
+    if work_dir is not None:
+        begun_with = {"tuned": _fingerprint(tuned), "start": _digest_of_planes(planes)}
+        begun_with |= {"calibration": digest_of(samples), "base": _fingerprint(base)}
+        task = {**options, **begun_with, "relative": relative, "threads": torch.get_num_threads()}
+        work = WorkDir(Path(work_dir) / "distillation", {**task, "torch": torch.__version__})
+    losses = _train(teacher, student, planes, samples, steps, learning_rate, relative, work, progress)
     end = max(1, steps // 10)
     first, last = (sum(part) / len(part) for part in (losses[:end], losses[-end:]))
     log.info("distillation: loss %.4g -> %.4g in %d steps", first, last, steps)
@@ -105,7 +122,6 @@ def distill(
     for name, (_, trained) in planes.items():
         scale = trained.row_scale.detach().cpu().contiguous()
         encodings[name] = dataclasses.replace(trained.sign, row_scale=scale)
-    options = {"steps": steps, "batch": batch, "length": length, "rate": learning_rate, "per": per, "seed": seed}
     return dataclasses.replace(
         delta,
         encodings=encodings,
@@ -268,11 +284,12 @@ class _Teacher:
 def _train(
     teacher: nn.Module,
     student: nn.Module,
-    planes: Mapping[str, tuple[Tensor, TrainedSign]],
+    planes: _Planes,
     samples: Sequence[Batch],
     steps: int,
     learning_rate: float,
     relative: bool,
+    work: WorkDir | None,
     progress: Progress | None,
 ) -> list[float]:
     """Train the factors of the planes; the loss of every step."""
@@ -287,10 +304,10 @@ def _train(
         if trained.size
     ]
     optimizer = torch.optim.Adam(groups)
-    losses: list[float] = []
+    losses = _resume(work, planes, optimizer)
     with tempfile.TemporaryDirectory() as folder:
         expected = _Teacher(teacher, samples, steps, Path(folder))
-        for step in range(steps):
+        for step in range(len(losses), steps):
             wanted = expected(step)
             with DeltaPath(planes.values()):
                 loss = (_outputs(student, samples[step % len(samples)]) - wanted).square_().mean()
@@ -303,6 +320,48 @@ def _train(
                 )
             optimizer.step()
             optimizer.zero_grad()
+            if work is not None:
+                work.store_state(_state(planes, optimizer), losses)
             if progress is not None:
                 progress("distill", step + 1, steps)
     return losses
+
+
+def _state(planes: _Planes, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+    """The factors and what Adam knows of them, by the parameter's name; contiguous, on the CPU."""
+    found: dict[str, Tensor] = {}
+    for name, (_, trained) in planes.items():
+        found[f"factor.{name}"] = trained.factor.detach()
+        found |= {f"{key}.{name}": value for key, value in optimizer.state.get(trained.factor, {}).items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+
+@torch.no_grad()
+def _resume(work: WorkDir | None, planes: _Planes, optimizer: torch.optim.Adam) -> list[float]:
+    """Put back what was kept; the losses of the steps that it had taken."""
+    kept = None if work is None else work.load_state()
+    if kept is None:
+        return []
+    tensors, losses = kept
+    for name, (_, trained) in planes.items():
+        trained.factor.copy_(tensors[f"factor.{name}"])
+        known = {key: tensors[f"{key}.{name}"].clone() for key in _ADAM if f"{key}.{name}" in tensors}
+        if known:  # as of the start, the step count stays on the CPU
+            optimizer.state[trained.factor] = {
+                key: value if key == "step" else value.to(trained.factor.device) for key, value in known.items()
+            }
+    return losses
+
+
+def _fingerprint(source: nn.Module | str | Path) -> str:
+    checkpoint = open_checkpoint(source)
+    return Fingerprint.of(checkpoint, checkpoint.names()).digest
+
+
+def _digest_of_planes(planes: _Planes) -> str:
+    found = hashlib.sha256()
+    for name, (_, trained) in sorted(planes.items()):
+        found.update(name.encode())
+        for tensor in trained.sign.tensors().values():
+            found.update(tensor.contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()

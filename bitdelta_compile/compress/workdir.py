@@ -1,6 +1,7 @@
-"""A folder that keeps every fitted matrix, so that an interrupted compression goes on where it was.
+"""A folder that keeps every fitted matrix, so that an interrupted compression goes on where it was; and the step that
+a training has reached.
 
-One file per matrix, written to a temporary name and renamed: whatever is there is whole. Nothing in it tells the time.
+One file each, written to a temporary name and renamed: whatever is there is whole. Nothing in it tells the time.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..encodings import Sign
 from ..errors import UnsupportedError
@@ -19,6 +22,7 @@ from ..fileformat import FormatError, map_tensors, read_header, write_tensors
 from .fit import Fitted
 
 _TASK = "task.json"
+_STATE = "state.safetensors"
 SAMPLED = "sampled-"  # how the names of files of sampled tokens begin, which are there before the task is known
 
 
@@ -57,9 +61,7 @@ class WorkDir:
         if not path.exists():
             return None
         try:
-            header = read_header(path)
-            fields = map_tensors(path, header)
-            about = json.loads(header.metadata["fitted"])
+            fields, about = _read(path, "fitted")
             dtype = getattr(torch, about["dtype"])
             lacking = fields.pop("lacking", None)
             sign = Sign(tuple(about["shape"]), dtype, **fields, transposed=about["transposed"])
@@ -83,6 +85,30 @@ class WorkDir:
         found = self.load(name)
         assert found is not None
         return found
+
+    def load_state(self) -> tuple[dict[str, Tensor], list[float]] | None:
+        """What a training had reached: its tensors by name, and the loss of every step; None where it has not begun.
+
+        The tensors are mapped, and the file is replaced by the next `store_state`: copy what is to stay.
+        """
+        path = self.folder / _STATE
+        if not path.exists():
+            return None
+        try:
+            tensors, losses = _read(path, "losses")
+            return tensors, [float(loss) for loss in losses]
+        except (FormatError, KeyError, TypeError, ValueError) as error:
+            raise UnsupportedError(f"{path} is damaged ({error}): delete it, and training starts anew") from None
+
+    def store_state(self, tensors: Mapping[str, Tensor], losses: Sequence[float]) -> None:
+        """Keep what a training has reached, in place of what was kept before."""
+        write_tensors(self.folder / _STATE, tensors, {"losses": json.dumps(list(losses))})
+
+
+def _read(path: Path, about: str) -> tuple[dict[str, Tensor], Any]:
+    """The tensors of a file, mapped, and one entry of its metadata."""
+    header = read_header(path)
+    return map_tensors(path, header), json.loads(header.metadata[about])
 
 
 def _difference(found: str, wanted: str) -> str:

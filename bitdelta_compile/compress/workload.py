@@ -190,10 +190,11 @@ def prepare(
     else:
         place = device or calibrate.device_of(model)
         batches, data = calibrate.random_tokens(model, random_tokens, seed, place), "random"
-    return Workload(calibrate.model_runs(model, batches), handles, data, _digest(batches), model, device)
+    return Workload(calibrate.model_runs(model, batches), handles, data, digest_of(batches), model, device)
 
 
-def _digest(batches: Sequence[calibrate.Batch]) -> str:
+def digest_of(batches: Sequence[calibrate.Batch]) -> str:
+    """Of the values of batches."""
     found = hashlib.sha256()
     for batch in batches:
         for key, value in sorted(batch.items()):

@@ -165,6 +165,43 @@ def test_the_seed_decides(llama_pair: Any, start: Delta, tmp_path: Path) -> None
     assert "seed 1" in told
 
 
+@pytest.mark.parametrize("per", ["matrix", "row"])
+def test_an_interrupted_training_goes_on_where_it_was(per: Any, llama_pair: Any, start: Delta, tmp_path: Path) -> None:
+    class Interrupted(Exception):
+        pass
+
+    taken: list[int] = []
+
+    def train(name: str, work_dir: Path | None = None, stop_at: int = 0, seed: int = 0) -> bytes:
+        def report(stage: str, done: int, total: int) -> None:
+            taken.append(done)
+            if done == stop_at:
+                raise Interrupted
+
+        options: Any = {"steps": 9, "batch": 1, "length": 13, "learning_rate": 0.01, "relative": True, "per": per}
+        delta = distill(
+            llama_pair.base, llama_pair.tuned, start, TEXTS, **options,
+            seed=seed, work_dir=work_dir, progress=report,
+        )  # fmt: skip
+        delta.save(tmp_path / name)
+        return (tmp_path / name).read_bytes()
+
+    whole = train("whole")
+    work = tmp_path / "work"
+    for stop_at in (2, 6):
+        with pytest.raises(Interrupted):
+            train("part", work, stop_at)
+    taken.clear()
+    assert train("resumed", work) == whole
+    assert taken == [7, 8, 9]
+    with pytest.raises(UnsupportedError, match="another compression"):
+        train("other", work, seed=1)
+    state = work / "distillation" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(UnsupportedError, match="delete it"):
+        train("damaged", work)
+
+
 def test_the_tuned_model_runs_once_per_batch(llama_pair: Any, start: Delta) -> None:
     tuned, _ = fidelity.load_model(llama_pair.tuned)
     trained = []  # the copy that is trained inherits the hook
