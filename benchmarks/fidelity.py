@@ -192,14 +192,13 @@ class Judge:
         lost = fidelity.lost_by_layer(self._layers, self._base_layers, fidelity.layer_states(model, self.batches[-1]))
         key = "cosine" if self.kind == "encoder" else "kl"
         result = fidelity.Fidelity(self.kind, self.base[key], found[key], 0, "")
-        signs = [e.over if isinstance(e, Rows) else e for e in delta.encodings.values()]
-        planes = [sign for sign in signs if isinstance(sign, Sign)]
+        planes = [e for e in delta.encodings.values() if isinstance(e.over if isinstance(e, Rows) else e, Sign)]
         return {
             **found,
             **{f"{name}_base": value for name, value in self.base.items() if name in ("cosine", "kl", "perplexity")},
             "recovered": result.recovered,
             "file_bytes": size,
-            "bits": 8 * sum(sign.nbytes for sign in planes) / sum(prod(sign.shape) for sign in planes),
+            "bits": 8 * sum(e.nbytes for e in planes) / sum(prod(e.shape) for e in planes),
             "file_bits": 8 * size / sum(prod(e.shape) for e in delta.encodings.values()),
             "layers": lost,
         }

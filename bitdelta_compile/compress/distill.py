@@ -363,5 +363,5 @@ def _digest_of_planes(planes: _Planes) -> str:
     for name, (_, trained) in sorted(planes.items()):
         found.update(name.encode())
         for tensor in trained.sign.tensors().values():
-            found.update(tensor.contiguous().view(torch.uint8).numpy())
+            found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encodings import Dense, Encoding, Rows, Same
+from ..encodings import Dense, Encoding, Rows, Same, Sign
 from ..progress import Progress
 from .changes import Change, check_finite, compare
 from .fit import DeltaMatrix, Fitted, fit
@@ -21,6 +21,11 @@ from .survey import Survey, Usage, survey
 from .uses import Use
 from .weights import FittedValues, TunedValues
 from .workdir import WorkDir
+
+# What a table gets that has moved far, as nearly all of its rows then have moved the same way, and few of them are most
+# of what is read: a rank, and this share of its rows outright (of 16 bits each, an eighth of the bytes of a plane).
+FAR_RANK = 1
+FAR_ROWS = 1 / 128
 
 
 class _Matrices:
@@ -112,17 +117,21 @@ class _Matrices:
             return _rows(tuned, listed, None, transposed), {"rows": listed.numel()}
         return None
 
-    def fit(self, name: str, metric: Metric | None, weight: Tensor | None = None, bias: str | None = None) -> None:
+    def fit(self, name: str, metric: Metric | None, uses: Tensor | None = None, bias: str | None = None) -> None:
         """Planes for a matrix, unless they come out too far off or too large; kept in the work folder at once.
 
         Args:
+            uses: of a table, int64 [N]: how often each row is looked up.
             bias: the vector that may be changed with it, see `Metric.mean`.
         """
         planes, rank = self.settings.size(name)
         matrix = self._matrix(name)
+        far = uses is not None and self._far(name, matrix)
+        rank = max(rank, FAR_RANK) if far else rank
         done = self.work.load(name) if self.work is not None else None
         if done is None:
-            done = fit(matrix, metric, self.settings, planes=planes, rank=rank, weight=weight)
+            weight = None if uses is None else (uses + 1).float().to(matrix.place)
+            done = fit(matrix, metric, self.settings, planes=planes, rank=rank, rank_first=far, weight=weight)
             if done.weight_error > self.settings.max_error and self.settings.method == "sequential":
                 # Error feedback moves errors to where these inputs do not see them, and so does making up for earlier
                 # layers; the delta's own signs do not.
@@ -132,12 +141,30 @@ class _Matrices:
                 done = min(done, other, key=lambda each: each.weight_error)
             if self.work is not None:
                 done = self.work.store(name, done)
-        self._settle(name, *self._judge(name, done))
+        self._settle(name, *self._judge(name, done, uses if far else None))
         if bias is not None and done.lacking is not None and self.encodings[name] is done.sign:
             tuned = self.tuned[bias].detach()
             self.vectors[bias] = (tuned.float() + done.lacking.to(tuned.device)).to(tuned.dtype)
 
-    def _judge(self, name: str, done: Fitted) -> tuple[Encoding, dict[str, Any]]:
+    def _far(self, name: str, matrix: DeltaMatrix) -> bool:
+        """Whether a table has moved further than one plane can follow, and nobody has said what it is to get."""
+        if name in self.settings.allocation or self.settings.method != "sequential":
+            return False
+        moved = sum(float(block.square().sum(dtype=torch.float64)) for _, block in matrix.blocks())
+        return moved > self.settings.far**2 * matrix.tuned_energy()
+
+    def _most_used(self, name: str, sign: Sign, uses: Tensor) -> Tensor:
+        """The rows of a table whose errors are met most often, int64, ascending: FAR_ROWS of them."""
+        matrix = self._matrix(name)
+        lost = torch.zeros(matrix.rows)
+        for first, block in matrix.blocks():
+            rows = slice(first, first + block.shape[0])
+            lost[rows] = (block - sign.rows(rows).to(block.device)).square_().sum(-1).cpu() * uses[rows].cpu()
+        lost = lost[: self.tuned[name].shape[0]]
+        count = min(int(FAR_ROWS * lost.numel()), int((lost > 0).sum()))
+        return lost.argsort(descending=True, stable=True)[:count].sort().values
+
+    def _judge(self, name: str, done: Fitted, uses: Tensor | None) -> tuple[Encoding, dict[str, Any]]:
         tuned, settings, grown = self.tuned[name], self.settings, self._grown(name)
         if done.weight_error > settings.max_error:
             return self._dense(
@@ -146,7 +173,10 @@ class _Matrices:
         if done.sign.nbytes + grown.numel() * self._row_bytes(name) >= tuned.nbytes:
             return self._dense(name, "planes take no fewer bytes")
         figures = {"error": done.error, "weight_error": done.weight_error, "energy": done.energy}
-        rounded = {key: float(f"{figure:.4g}") for key, figure in figures.items()}
+        rounded: dict[str, Any] = {key: float(f"{figure:.4g}") for key, figure in figures.items()}
+        if uses is not None:
+            often = self._most_used(name, done.sign, uses)
+            return _rows(tuned, torch.cat([often, grown]), done.sign, False), {**rounded, "rows": often.numel()}
         if done.sign.shape == tuned.shape:
             return done.sign, rounded
         return _rows(tuned, grown, done.sign, self.transposed(name)), rounded
@@ -155,21 +185,20 @@ class _Matrices:
         """Fit the matrix that the streams stand before."""
         name, settings = at.name, self.settings
         bias = at.bias if at.bias is not None and self._free(at.bias) else None
+        height = self.base[name].shape[0]
+        uses = torch.bincount(at.ids(), minlength=height)[:height] if at.looked_up else None
         if self.work is not None and self.work.load(name) is not None:
             self._metric = None if at.fresh else self._metric
-            return self.fit(name, None, bias=bias)
+            return self.fit(name, None, uses, bias)
         factor = settings.method == "sequential" or settings.ranked
-        weight = None
-        if at.looked_up:
-            weight = torch.bincount(at.ids(), minlength=self.base[name].shape[0])[: self.base[name].shape[0]].float()
-            weight = (weight + 1).to(self.device or self.tuned[name].device)
         if name in shared:
             moments = shared[name]
-            extra = self._balance(name, moments) if self.usage[name].looked_up else 0.0
+            counts = uses if uses is not None else torch.ones(height, dtype=torch.int64)
+            extra = balance(self._matrix(name), moments, counts) if self.usage[name].looked_up else 0.0
             self._metric = None
-            return self.fit(name, measure(moments, factor=factor, extra=extra), weight)
+            return self.fit(name, measure(moments, factor=factor, extra=extra), uses)
         if at.looked_up:
-            return self.fit(name, None, weight)
+            return self.fit(name, None, uses)
         centered = bias is not None
         if at.fresh or self._metric is None or centered != (self._metric.mean is not None):
             self._metric = None
@@ -180,15 +209,27 @@ class _Matrices:
         """Whether a bias is stored outright anyway, and nothing but its one product uses it."""
         return bias in self.changes and not self.changes[bias].equal and self._others.get(bias) == 1
 
-    def _balance(self, name: str, moments: Moments) -> float:
-        """What to add to H's diagonal so that lookups and products of a tied table count equally, each relative to
-        its own energy."""
-        matrix = self._matrix(name)
-        multiplied = looked_up = 0.0
-        for _, block in matrix.blocks():
-            multiplied += float(((block @ moments.gram) * block).sum(dtype=torch.float64)) / max(1, moments.tokens)
-            looked_up += float(block.square().sum(dtype=torch.float64))
-        return multiplied / looked_up if looked_up > 0 else 0.0
+
+def balance(matrix: DeltaMatrix, moments: Moments, uses: Tensor) -> float:
+    """What to add to H's diagonal so that lookups and products of a tied table count equally, each relative to its own
+    energy.
+
+    Rows count as often as they are used. What they have in common moves all logits alike, which no probability shows:
+    that is no part of the energy of the products.
+
+    Args:
+        uses: int64 [N], how often each row is looked up.
+    """
+    weight = uses.to(matrix.place, torch.float32) / max(1, int(uses.sum()))
+    multiplied = looked_up = 0.0
+    common = torch.zeros(matrix.features, dtype=torch.float64, device=matrix.place)
+    for first, block in matrix.blocks():
+        share = weight[first : first + block.shape[0]].unsqueeze(-1)
+        multiplied += float(((block @ moments.gram) * block * share).sum(dtype=torch.float64))
+        looked_up += float((block.square() * share).sum(dtype=torch.float64))
+        common += (block * share).sum(0, dtype=torch.float64)
+    multiplied -= float(common @ moments.gram.double() @ common)
+    return max(0.0, multiplied) / max(1, moments.tokens) / looked_up if looked_up > 0 else 0.0
 
 
 def keep(tensor: Tensor, copy: bool) -> Tensor:
@@ -232,7 +273,8 @@ def encode(
         dense  some use of it is not a plain product or lookup
         rows   the rows that differ or are new, stored outright, take fewer bytes than sign planes
         dense  the planes are too far off (`max_error`) or not smaller
-        sign   P planes; under `rows` with the new rows where the matrix grew
+        sign   P planes; under `rows` with the new rows where the matrix grew, and with the most used rows of a table
+               that has moved `far`, which also gets a low-rank part
 
     Args:
         base, tuned: tensors by the tuned model's names; names that the base lacks are new.

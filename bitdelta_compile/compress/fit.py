@@ -210,12 +210,15 @@ def fit(
     *,
     planes: int,
     rank: int,
+    rank_first: bool = False,
     weight: Tensor | None = None,
 ) -> Fitted:
-    """Planes, and a low-rank part fitted after them, that lose the least under `metric`.
+    """Planes, and a low-rank part, that lose the least under `metric`.
 
     Args:
         metric: what errors cost; None: every weight counts alike.
+        rank_first: fit the low-rank part to the delta and the planes to what it leaves, as suits a delta of which a
+            few directions are most; else it is fitted to what planes leave.
         weight: fp32 [N] or None: how much each row counts for the column scales.
     """
     device, features = matrix.place, matrix.features
@@ -245,12 +248,18 @@ def fit(
             shift = None if metric is None else metric.shift
             target = (delta if shift is None else delta + matrix.rows_of_tuned(rows) @ shift).T[order]
             found, sizes = signs.new_empty(0), scale[:, rows].to(device)
+            if low_rank is not None and right is None and rank_first:
+                low_rank.add(target)
+                continue
             if low_rank is not None and right is not None:
-                found = _unpack(signs[:, rows], features, device)[:, order]
-                factor = low_rank.left(target - choice.values(found, sizes, ordered))
+                left_over = target
+                if not rank_first:
+                    found = _unpack(signs[:, rows], features, device)[:, order]
+                    left_over = target - choice.values(found, sizes, ordered)
+                factor = low_rank.left(left_over)
                 target -= (factor @ right).T
                 left[rows] = factor.cpu()
-            if means is None and (right is None or fed):
+            if means is None and (right is None or rank_first or fed):
                 found, sizes = _fit_block(target, first, ordered, metric, settings, planes, fed)
             elif means is None:  # the delta's own signs stay: those of what the low-rank part leaves are worse
                 sizes = choice.fit_scale(target, found, ordered, None if metric is None else metric.h)

@@ -48,6 +48,8 @@ class Settings:
         passes: of error feedback over a matrix (`sequential`).
         sweeps: of single sign flips after them (`sequential`).
         max_error: a matrix is stored dense if its planes leave more than this share of the tuned matrix's own norm.
+        far: a table that has moved by more than this share of its own norm gets a low-rank part and its most used rows
+            outright (`sequential`, where `allocation` does not name it).
         min_elements: smaller matrices are stored dense.
         allocation: by parameter name, for those that differ from the rest.
     """
@@ -59,6 +61,7 @@ class Settings:
     passes: int = 2
     sweeps: int = 2
     max_error: float = 0.25
+    far: float = 0.1
     min_elements: int = 4096
     allocation: Mapping[str, Allocation] = dataclasses.field(default_factory=dict, hash=False)
 

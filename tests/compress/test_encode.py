@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitdelta_compile.compress.encode import encode, matrices_all_dense
+from bitdelta_compile.compress.encode import balance, encode, matrices_all_dense
+from bitdelta_compile.compress.fit import DeltaMatrix
+from bitdelta_compile.compress.metric import Moments
 from bitdelta_compile.compress.settings import Allocation, Settings
+from bitdelta_compile.compress.workdir import WorkDir
 from bitdelta_compile.encodings import Dense, Rows, Same, Sign
 from bitdelta_compile.errors import BitDeltaError, CalibrationError
 
@@ -351,6 +354,77 @@ def test_a_tied_table_serves_both_uses(method):
     if method == "sequential":
         assert lookup_error[0] < lookup_error[1]
     assert product_error[0] < 0.7 * float((use(base)[1] - use(tuned)[1]).norm())
+
+
+def far_table(rows=640):
+    """All rows moved the same way and each its own; most lookups are of rows 3 and 500."""
+    base = torch.randn(rows, K)
+    tuned = base + 0.25 * torch.randn(K) + 0.12 * torch.randn(rows, K)
+    ids = torch.cat([torch.arange(0, rows, 9), torch.tensor([3, 500]).repeat(200)])
+    return base, tuned, lambda w: (F.embedding(ids, w), linear(w))
+
+
+def test_a_table_that_moved_far_gets_a_common_direction_and_its_most_used_rows():
+    base, tuned, use = far_table()
+    plain, _ = encode_one(base, tuned, use, method="sequential", far=1.0)
+    found, figures = encode_one(base, tuned, use, method="sequential")
+    assert isinstance(plain, Sign)
+    assert plain.rank == 0
+    assert isinstance(found, Rows)
+    assert isinstance(found.over, Sign)
+    assert (found.over.planes, found.over.rank) == (1, 1)
+    assert {3, 500} <= set(found.index.tolist())
+    assert figures["rows"] == found.index.numel()
+    assert found.index.numel() == 640 // 128
+    assert torch.equal(found.apply(base)[found.index], tuned[found.index])
+    assert share_lost(found.over, base, tuned) < 0.5 * share_lost(plain, base, tuned)
+
+
+def test_a_far_table_that_grew_keeps_its_new_rows_too():
+    base, tuned, use = far_table()
+    grown = torch.cat([tuned, torch.randn(5, K)])
+    found, figures = encode_one(base, grown, use, method="sequential")
+    assert found.index.tolist()[-5:] == list(range(640, 645))
+    assert found.index.numel() == figures["rows"] + 5
+    assert torch.equal(found.apply(base)[640:], grown[640:])
+
+
+def test_a_far_table_that_an_allocation_names_gets_what_it_says():
+    base, tuned, use = far_table()
+    found, _ = encode_one(base, tuned, use, method="sequential", allocation={"w": Allocation()})
+    assert isinstance(found, Sign)
+    assert found.rank == 0
+
+
+def test_rows_never_looked_up_are_not_stored():
+    base, tuned, _ = far_table()
+    found, _ = encode_one(base, tuned, lambda w: F.embedding(torch.tensor([9, 5]), w), method="sequential")
+    assert found.index.tolist() == [5, 9]
+
+
+def test_what_all_logits_share_does_not_count():
+    base, tuned, _ = far_table()
+    uses = torch.arange(base.shape[0]) % 5
+    moments = Moments(K, torch.device("cpu"))
+    moments.add(torch.randn(64, K) + 1)
+    share = (uses / uses.sum()).unsqueeze(-1)
+    expected = (tuned - base) - ((tuned - base) * share).sum(0)
+    energy = float(((expected @ moments.gram) * expected * share).sum()) / 64
+    for moved in (tuned, tuned + torch.randn(K)):
+        found = balance(DeltaMatrix(base, moved), moments, uses)
+        assert found * float(((moved - base).square() * share).sum()) == pytest.approx(energy, rel=1e-3)
+
+
+def test_a_far_table_is_resumed_as_it_was(tmp_path):
+    base, tuned, use = far_table()
+    settings = Settings(method="sequential")
+    first, second = (
+        encode({"w": base}, {"w": tuned}, lambda: use(tuned), settings, work=WorkDir(tmp_path, {}))[0]["w"]
+        for _ in range(2)
+    )
+    for one, two in ((first, second), (first.over, second.over)):
+        for name, tensor in one.tensors().items():
+            assert torch.equal(tensor, two.tensors()[name])
 
 
 def test_an_allocation_overrules_the_settings():
