@@ -50,7 +50,7 @@ lint: $(VENV)/.extra-lint types
 types: $(VENV)/.extra-lint
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/bitdelta_compile
 	@ln -s $(CURDIR)/bitdelta_compile/* $(CURDIR)/kernels $(CURDIR)/lowering $(TYPES)/bitdelta_compile/
-	MYPYPATH=$(TYPES) $(BIN)/mypy --cache-dir build/mypy -p bitdelta_compile
+	MYPYPATH=$(TYPES) $(BIN)/mypy --cache-dir build/mypy -p bitdelta_compile -p benchmarks
 
 format: $(VENV)/.extra-lint
 	$(BIN)/ruff check --fix .

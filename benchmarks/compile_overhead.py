@@ -42,9 +42,10 @@ def measure(run: Run) -> list[Record]:
         expected = _hidden(dense, _batch(4))
         base, dense = base.to(dtype), dense.to(dtype)
         torch._dynamo.reset()
+        options: dict[str, Any] = {"delta": delta}
         runs: dict[str, Any] = {
             "dense": torch.compile(dense, dynamic=True),
-            "delta": torch.compile(base, backend="bitdelta", options={"delta": delta}, dynamic=True),
+            "delta": torch.compile(base, backend="bitdelta", options=options, dynamic=True),
         }
         seconds = {}
         with torch._inductor.config.patch(force_disable_caches=True):
@@ -81,4 +82,4 @@ def _batch(size: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _hidden(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model(**batch).last_hidden_state.float()  # type: ignore[no-any-return]
+    return model(**batch).last_hidden_state.float()

@@ -7,6 +7,7 @@ does not depend on the number of layers.
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def write_pair(folder: Path, layers: int, width: int, inner: int, vocabulary: in
         (folder / name).mkdir(parents=True)
         config.save_pretrained(folder / name)
         specs = [
-            TensorSpec(key, torch.bfloat16, shape, lambda p=place, s=shape, m=moved: values(p, s, m))
+            TensorSpec(key, torch.bfloat16, shape, functools.partial(values, place, shape, moved))
             for place, (key, shape) in enumerate(shapes.items())
         ]
         write_safetensors(folder / name / "model.safetensors", specs, {"format": "pt"})

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Triton kernels that the GPU cases compare with: bare rates of the hardware, and the paper's own kernel.
 
 Importing this needs triton; the cases do so once they know that there is a device.

@@ -59,8 +59,8 @@ class Entry:
 
 def entries() -> Iterator[Entry]:
     """Every kernel with every entry of the table; rarer forms (24 bits, three parts, ragged sizes) for sm_90 only."""
-    even = {"HALF": 0, "EVEN": True, "P": 1, "XP": 1, "RANK": 0}
-    odd = {"HALF": 1, "EVEN": False, "P": 2, "XP": 2, "RANK": 16}
+    even: dict[str, Any] = {"HALF": 0, "EVEN": True, "P": 1, "XP": 1, "RANK": 0}
+    odd: dict[str, Any] = {"HALF": 1, "EVEN": False, "P": 2, "XP": 2, "RANK": 16}
     indexed = {"INDEXED": True, "MP": _ROWS}
     for config in configs.BINARY_DECODE:
         for form, constants, wide, targets in (

@@ -18,6 +18,7 @@ from bitdelta_compile.materials import BASE, TENANTS, fetch
 from bitdelta_compile.quantized import is_quantized, parts, values
 
 from . import finetune
+from .fidelity import Kept
 from .fleet import random_pair
 from .plots import lines
 from .registry import Record, Run, case, require
@@ -49,7 +50,7 @@ def quantize(model: nn.Module, form: str) -> nn.Module:
     config = {
         "int8": Int8WeightOnlyConfig(),
         "int4": PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False),
-        "int4 unpacked": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+        "int4 unpacked": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),  # type: ignore[attr-defined]
     }[form]
     found = copy.deepcopy(model).requires_grad_(False)
     tables = {id(module.weight) for module in found.modules() if isinstance(module, nn.Embedding)}
@@ -69,7 +70,7 @@ def dense(model: nn.Module) -> nn.Module:
     found = copy.deepcopy(model)
     for module in found.modules():
         for name, parameter in module._parameters.items():
-            if is_quantized(parameter):
+            if parameter is not None and is_quantized(parameter):
                 module._parameters[name] = nn.Parameter(values(parameter), requires_grad=False)
     return found
 
@@ -93,7 +94,7 @@ def check_served(delta: Delta, base: nn.Module, expected: nn.Module, batch: Mapp
     """
     few = {name: tensor[:1, :16] for name, tensor in batch.items()}
     torch._dynamo.reset()
-    options = {"delta": delta, "lower": "eager"}
+    options: dict[str, Any] = {"delta": delta, "lower": "eager"}
     served = torch.compile(base, backend="bitdelta", fullgraph=True, options=options)
     found, wanted, before = (model(**few)[0].float() for model in (served, expected, base))
     error = float((found - wanted).norm() / (wanted - before).norm())
@@ -106,12 +107,13 @@ class _Pair:
     def __init__(self, base: nn.Module, tuned: nn.Module, kind: fidelity.Kind, batches: Sequence[Any], texts: Any):
         self.base, self.tuned, self.kind, self.batches, self.calibration = base, tuned, kind, batches, texts
         self._reference = fidelity.encoder_outputs(tuned, batches) if kind == "encoder" else None
+        self._kept = Kept(tuned)
         self.before = self._figure(base)
 
     def _figure(self, model: Callable[..., Any]) -> float:
         if self._reference is not None:
             return fidelity.mean_cosine(self._reference, fidelity.encoder_outputs(model, self.batches))
-        return fidelity.token_kl(self.tuned, model, self.batches)[0]
+        return fidelity.token_figures(self._kept, model, self.batches).kl
 
     def recovered(self, model: Callable[..., Any]) -> float:
         share = fidelity.Fidelity(self.kind, self.before, self._figure(model), 0, "").recovered
@@ -135,7 +137,7 @@ def _pairs(run: Run) -> Iterator[tuple[str, _Pair]]:
         yield name, _Pair(base, tuned, "encoder", batches, texts)
     pair = finetune.pairs(run.cache, ["jargon"])["jargon"]
     (base, kind), (tuned, _) = (fidelity.load_model(folder) for folder in (pair.base, pair.tuned))
-    evaluation = finetune.texts(run.cache, pair.domain, "evaluation")[:64]
+    evaluation = finetune.texts(run.cache, pair.domain, "evaluation")[:24]
     batches, _ = fidelity.evaluation_batches(base, pair.base, evaluation)
     yield "SmolLM2-jargon", _Pair(base, tuned, kind, batches, finetune.texts(run.cache, pair.domain, "calibration"))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitdelta_compile.kernels import layout, reference
@@ -97,7 +99,7 @@ def _measure(run: Run, weights: list[Tensor], banks: Banks, slots: int, rows_eac
     x = torch.randn(rows, size).bfloat16()
     beside = [banks[layer % len(banks)] for layer in range(layers)]
     own = [x[tenant == layer % slots] for layer in range(layers)]
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         "base": functools.partial(compiled(dense), [x] * layers, weights),
         "base at one row": functools.partial(compiled(dense), [x[:1]] * layers, weights),
         "delta": functools.partial(compiled(delta), x, banks, tenant),

@@ -147,7 +147,7 @@ class _Matrices:
             self.vectors[bias] = (tuned.float() + done.lacking.to(tuned.device)).to(tuned.dtype)
 
     def _far(self, name: str, matrix: DeltaMatrix) -> bool:
-        """Whether a table has moved further than one plane can follow, and nobody has said what it is to get."""
+        """Whether a table has moved too far for planes alone, and nobody has said what it is to get."""
         if name in self.settings.allocation or self.settings.method != "sequential":
             return False
         moved = sum(float(block.square().sum(dtype=torch.float64)) for _, block in matrix.blocks())
@@ -187,7 +187,7 @@ class _Matrices:
         bias = at.bias if at.bias is not None and self._free(at.bias) else None
         height = self.base[name].shape[0]
         uses = torch.bincount(at.ids(), minlength=height)[:height] if at.looked_up else None
-        if self.work is not None and self.work.load(name) is not None:
+        if self.work is not None and name in self.work:
             self._metric = None if at.fresh else self._metric
             return self.fit(name, None, uses, bias)
         factor = settings.method == "sequential" or settings.ranked

@@ -55,6 +55,10 @@ class WorkDir:
     def _path(self, name: str) -> Path:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a matrix was fitted earlier."""
+        return self._path(name).exists()
+
     def load(self, name: str) -> Fitted | None:
         """A matrix fitted earlier, mapped; None where there is none."""
         path = self._path(name)
