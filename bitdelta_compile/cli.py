@@ -116,6 +116,9 @@ def compress(
     rank: Annotated[int, typer.Option(min=0, help="Rank of the part fitted after the signs.")] = 0,
     text: TextOption = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Calibration tokens; by the quality by default.")] = None,
+    sampled: Annotated[
+        int, typer.Option(min=0, help="Calibration tokens that TUNED writes itself, beside those of --text.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of sampled and random calibration tokens.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampled calibration tokens.")] = 1.0,
     bits: Annotated[
@@ -162,6 +165,7 @@ def compress(
             planes=planes,
             rank=rank,
             tokens=tokens,
+            sampled=sampled,
             seed=seed,
             temperature=temperature,
             bits=bits,

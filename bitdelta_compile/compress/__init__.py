@@ -41,6 +41,7 @@ def compress(
     planes: int = 1,
     rank: int = 0,
     tokens: int | None = None,
+    sampled: int = 0,
     seed: int = 0,
     temperature: float = 1.0,
     allocation: Mapping[str, Allocation] | None = None,
@@ -61,7 +62,10 @@ def compress(
         method: instead of the quality's own: `sequential`, `closed_form`, or `mean_abs`, one scale per matrix from the
             weights (BitDelta's start, arXiv 2402.10193), for which folders are read tensor by tensor.
         planes: bits per weight, 1 to 4.  rank: of the low-rank part fitted after the signs.
-        tokens: of calibration; the quality's own number by default.  seed: of random and sampled tokens.
+        tokens: of calibration; the quality's own number by default.
+        sampled: tokens that a causal language model writes itself and reads beside the calibration given, which may
+            then be of another domain than what will be served.
+        seed: of random and sampled tokens.
         temperature: of sampled tokens.
         allocation: by parameter name of the tuned model: encoding, planes and rank of matrices that are not to have
             what the others have.
@@ -81,13 +85,19 @@ def compress(
         BitDeltaError: NaN or infinite weights.  CalibrationError: calibration that is empty or gives NaN.
         CheckpointError: a source that cannot be read.
         UnsupportedError: an option out of range, a budget that no delta fits in (the message names the smallest), a
-            compiled model whose tuned weights were let go, or a `work_dir` that holds other work.
+            compiled model whose tuned weights were let go, `sampled` of a model that writes nothing, or a `work_dir`
+            that holds other work.
     """
     settings = _settings(quality, method, planes, rank, allocation)
     recipe = RECIPES[quality]
     drawn = recipe.random_tokens if tokens is None else tokens
     tokens = recipe.tokens if tokens is None else tokens
     check_amount(tokens, seed)
+    if not isinstance(sampled, int) or sampled < 0 or (sampled and calibration is None):
+        raise UnsupportedError(
+            f"sampled must be an integer, 0 or more, and stands beside calibration, got {sampled!r}: without "
+            "calibration all tokens are sampled, and tokens= says how many"
+        )
     place = _place(device)
     for module in (base, tuned):
         if isinstance(module, nn.Module):
@@ -118,11 +128,12 @@ def compress(
     options |= {"temperature": temperature, "threads": torch.get_num_threads()}
     options |= {} if room is None else {"max_bytes": room}
     options |= {} if place is None else {"device": place.type}
+    options |= {"sampled": sampled} if sampled else {}
     if work_dir is not None:
         Path(work_dir).mkdir(parents=True, exist_ok=True)
     keep = None if work_dir is None else Path(work_dir)
     workload = prepare(
-        tuned, theirs, calibration, settings.method, tokens=tokens, random_tokens=drawn, seed=seed,
+        tuned, theirs, calibration, settings.method, tokens=tokens, random_tokens=drawn, sampled=sampled, seed=seed,
         temperature=temperature, keep=keep, progress=progress, device=place,
     )  # fmt: skip
     options |= {"method": settings.method, "calibration": workload.data}

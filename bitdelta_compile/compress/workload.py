@@ -134,6 +134,7 @@ def prepare(
     *,
     tokens: int,
     random_tokens: int,
+    sampled: int,
     seed: int,
     temperature: float,
     keep: Path | None,
@@ -144,12 +145,14 @@ def prepare(
 
     Args:
         tokens, random_tokens: how many, and how many where they are random.
+        sampled: how many the model writes itself, beside the calibration given.
         keep: where sampled tokens are kept, so that they are drawn once.
         device: where the model is to compute; None: where its parameters are.
 
     Raises:
         CalibrationError: calibration is empty, or the model does not run on it.
-        UnsupportedError: calibration is given for a folder whose architecture transformers does not have.
+        UnsupportedError: calibration is given for a folder whose architecture transformers does not have, or tokens are
+            to be sampled from a model that writes none.
     """
     if isinstance(source, nn.Module):
         model = source
@@ -180,13 +183,19 @@ def prepare(
     if method == "mean_abs" and calibration is None:
         return Workload(_glance(model), handles, model=model)
     tokenizer = tokenizer_of(name)
+
+    def written(count: int) -> list[calibrate.Batch]:
+        theirs = Fingerprint.of(checkpoint, checkpoint.names()).digest
+        return _sampled(model, handles, theirs, tokenizer, keep, count, seed, temperature, progress, device)
+
+    if sampled and not can_write(model):
+        raise UnsupportedError(f"{type(model).__name__} writes no text: give calibration without sampled=")
     data: Data
     if calibration is not None:
         batches, data = calibrate.make_batches(model, calibration, tokenizer, tokens=tokens, device=device)
+        batches += written(sampled) if sampled else []
     elif can_write(model):
-        theirs = Fingerprint.of(checkpoint, checkpoint.names()).digest
-        drawn = _sampled(model, handles, theirs, tokenizer, keep, tokens, seed, temperature, progress, device)
-        batches, data = drawn, "sampled"
+        batches, data = written(tokens), "sampled"
     else:
         place = device or calibrate.device_of(model)
         batches, data = calibrate.random_tokens(model, random_tokens, seed, place), "random"

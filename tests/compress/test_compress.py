@@ -205,6 +205,34 @@ def test_given_batches_and_stages(pair):
     assert delta.options["calibration"] == "sampled"
 
 
+def test_sampled_tokens_beside_given_ones(pair, tmp_path):
+    batches = [{"input_ids": torch.arange(18).view(2, 9)}]
+    stages = []
+    delta = compress(*pair, batches, sampled=64, work_dir=tmp_path, progress=lambda stage, *_: stages.append(stage))
+    assert list(dict.fromkeys(stages)) == ["sample", "fit"]
+    assert (delta.options["calibration"], delta.options["sampled"]) == ("batches", 64)
+    compress(*pair, batches, sampled=64).save(tmp_path / "anew")
+    compress(*pair, batches, sampled=64, work_dir=tmp_path).save(tmp_path / "resumed")
+    delta.save(tmp_path / "first")
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "anew").read_bytes()
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "resumed").read_bytes()
+    name = next(name for name, encoding in delta.encodings.items() if encoding.kind == "sign")
+    both, given = (each.encodings[name] for each in (delta, compress(*pair, batches)))
+    drawn = compress(*pair, tokens=64).encodings[name]
+    assert not torch.equal(both.row_scale, given.row_scale)
+    assert not torch.equal(both.row_scale, drawn.row_scale)
+
+
+def test_sampled_tokens_where_there_is_nothing_to_stand_beside_or_nobody_writes(pair, bert_pair):
+    for wrong in (-1, 0.5):
+        with pytest.raises(UnsupportedError, match="0 or more"):
+            compress(*pair, [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], sampled=wrong)
+    with pytest.raises(UnsupportedError, match="without calibration all tokens are sampled"):
+        compress(*pair, sampled=64)
+    with pytest.raises(UnsupportedError, match="writes no text"):
+        compress(bert_pair.base, bert_pair.tuned, ["the value of python"], sampled=64)
+
+
 def test_texts_need_a_tokenizer(pair):
     with pytest.raises(CalibrationError, match="tokenizer"):
         compress(*pair, ["some text"])
