@@ -2,7 +2,7 @@
 
 Both checkpoints are written tensor by tensor, then compressed in a process of its own, which samples its RssAnon (files
 that are mapped not counted). The statistics of the widest matrix, H, its drift, factor and shift, are the part that
-does not depend on the number of layers.
+does not depend on the number of layers. CPU seconds are those of all threads: load on the machine hardly changes them.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ def watch():
         time.sleep(0.02)
 thread = threading.Thread(target=watch)
 thread.start()
-begin = time.perf_counter()
+begin, cpu = time.perf_counter(), time.process_time()
 delta = compress(base, tuned, batches)
-seconds = time.perf_counter() - begin
+seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
 done = True
 thread.join()
 kinds = [encoding.kind for encoding in delta.encodings.values()]
-print(json.dumps({"peak": peak - start, "seconds": seconds, "signs": kinds.count("sign")}))
+signs = kinds.count("sign")
+print(json.dumps({"peak": peak - start, "seconds": seconds, "cpu_seconds": cpu, "signs": signs}))
 """
 
 
@@ -97,7 +98,17 @@ def write_pair(folder: Path, layers: int, width: int, inner: int, vocabulary: in
 @case(
     "compress-memory",
     "peak anonymous memory and seconds of quality best, by number of layers",
-    columns=("layers", "weights", "tuned_bytes", "statistics_bytes", "peak_bytes", "share", "seconds"),
+    columns=(
+        "layers",
+        "weights",
+        "tuned_bytes",
+        "statistics_bytes",
+        "peak_bytes",
+        "share",
+        "seconds",
+        "cpu_seconds",
+        "ns_per_weight",
+    ),
 )
 def measure(run: Run) -> list[Record]:
     width, inner, vocabulary, tokens = (256, 512, 512, 512) if run.quick else (2048, 5632, 32000, 2048)
@@ -124,6 +135,8 @@ def measure(run: Run) -> list[Record]:
                 "peak_bytes": result["peak"],
                 "share": (result["peak"] - statistics) / size,
                 "seconds": result["seconds"],
+                "cpu_seconds": result["cpu_seconds"],
+                "ns_per_weight": 1e9 * result["cpu_seconds"] / (size // 2),
             }
         )
     return records

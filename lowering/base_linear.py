@@ -74,7 +74,14 @@ def _dtype_and_rows_suit(left: Any) -> bool:
     rows, dtype = left.get_size()[0], left.get_dtype()
     if left.get_device().type != "cpu" or (_static(rows) and not 0 < int(rows) <= MOST_ROWS):
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and _multiplies_bf16())
+
+
+def _multiplies_bf16() -> bool:
+    """Whether the generated code may use dot products of bf16."""
+    from .cpp import instruction_set
+
+    return bool(torch.cpu._is_avx512_bf16_supported()) and instruction_set() == "AVX512"
 
 
 def _static(*sizes: Any) -> bool:

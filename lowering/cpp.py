@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from unittest.mock import patch
 
 import sympy
@@ -31,6 +31,12 @@ _NOT_INLINED = re.compile(r'^#pragma once\n|^#include "cpu_\w+\.h"\n', re.MULTIL
 def kernel_source(name: str) -> str:
     """Text of a file of kernels/."""
     return (KERNELS / name).read_text(encoding="utf-8")
+
+
+def instruction_set() -> Literal["AVX512", "AVX2", "PORTABLE"]:
+    """What Inductor compiles for: narrower than this machine's where `cpp.simdlen` says so."""
+    isa = str(pick_vec_isa())
+    return "AVX512" if isa.startswith(("avx512", "amx")) else "AVX2" if isa.startswith("avx2") else "PORTABLE"
 
 
 class RowsTemplate(CppTemplate):
@@ -55,8 +61,7 @@ class RowsTemplate(CppTemplate):
 
     def device_functions(self) -> str:
         """The headers for the instruction set that Inductor compiles for; several kernels may share a source file."""
-        isa = str(pick_vec_isa())
-        chosen = "AVX512" if isa.startswith(("avx512", "amx")) else "AVX2" if isa.startswith("avx2") else "PORTABLE"
+        chosen = instruction_set()
         text = f"#ifndef BITDELTA_{chosen}\n#define BITDELTA_{chosen} 1\n#endif\n"
         for name in self.headers:
             guard = f"BITDELTA_{name.replace('.', '_').upper()}"

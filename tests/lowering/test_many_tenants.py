@@ -150,6 +150,17 @@ def test_the_base_beside_it(rows, dtype, biased):
     assert torch.equal(run(others, tenant)[-1], found[-1])
 
 
+def test_the_base_in_bf16_where_code_is_compiled_for_narrower_instructions():
+    """AVX2 has no dot products of bf16, whatever the machine that compiles has: the library's linear is kept."""
+    tensors, weight = bank(70, 100), torch.randn(70, 100).bfloat16()
+    run = compiled(layer_of(weight, None, tensors), **{"cpp.simdlen": 256})
+    x, tenant = torch.randn(5, 100).bfloat16(), torch.arange(5, dtype=torch.int32) % SLOTS - 1
+    found, (code,) = run_and_get_code(run, x, tenant)
+    assert "PackedRows" not in code
+    expected = x.double() @ weight.double().T + reference.delta_linear(x, *tensors, tenant)
+    assert error(found, expected) < 6e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_base_of_any_number_of_rows_in_one_graph(dtype):
     if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
