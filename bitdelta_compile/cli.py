@@ -113,7 +113,7 @@ def compress(
         Method | None, typer.Option(help="In place of the quality's own; mean_abs needs no forward pass.")
     ] = None,
     planes: Annotated[int, typer.Option(min=1, max=4, help="Bits per weight.")] = 1,
-    rank: Annotated[int, typer.Option(min=0, help="Rank of the part fitted after the signs.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of the low-rank part of every matrix.")] = 0,
     text: TextOption = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Calibration tokens; by the quality by default.")] = None,
     sampled: Annotated[

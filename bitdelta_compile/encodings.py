@@ -175,7 +175,7 @@ class Sign(Matrix):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows(Matrix):
-    """A matrix of which some rows are stored outright: few rows changed, or the table grew.
+    """A matrix of which some rows are stored outright: few changed, the table grew, or it moved far.
 
     Rows listed in `index` are `values`; every other row is what `over` says (the base's own row when `over` is None).
     Rows at or past the base's count are always listed. Row means output feature, also when `transposed`.

@@ -22,7 +22,7 @@ from .budget import limit, within
 from .calibrate import check_amount
 from .configs import check_buffers, check_configs
 from .encode import check_values, encode, matrices_all_dense
-from .settings import RECIPES, Allocation, Method, Quality, Settings
+from .settings import FIT, RECIPES, Allocation, Method, Quality, Settings
 from .workdir import WorkDir
 from .workload import Workload, prepare
 
@@ -61,7 +61,8 @@ def compress(
         quality: `fast`, `balanced` or `best`: see `RECIPES` for what each does and costs.
         method: instead of the quality's own: `sequential`, `closed_form`, or `mean_abs`, one scale per matrix from the
             weights (BitDelta's start, arXiv 2402.10193), for which folders are read tensor by tensor.
-        planes: bits per weight, 1 to 4.  rank: of the low-rank part fitted after the signs.
+        planes: bits per weight, 1 to 4.
+        rank: of the low-rank part, fitted after the signs but in tables that moved far.
         tokens: of calibration; the quality's own number by default.
         sampled: tokens that a causal language model writes itself and reads beside the calibration given, which may
             then be of another domain than what will be served.
@@ -93,10 +94,12 @@ def compress(
     drawn = recipe.random_tokens if tokens is None else tokens
     tokens = recipe.tokens if tokens is None else tokens
     check_amount(tokens, seed)
-    if not isinstance(sampled, int) or sampled < 0 or (sampled and calibration is None):
+    if not isinstance(sampled, int) or sampled < 0:
+        raise UnsupportedError(f"sampled must be an integer, 0 or more, got {sampled!r}")
+    if sampled and (calibration is None or settings.method == "mean_abs"):
         raise UnsupportedError(
-            f"sampled must be an integer, 0 or more, and stands beside calibration, got {sampled!r}: without "
-            "calibration all tokens are sampled, and tokens= says how many"
+            "sampled tokens stand beside texts or batches, which mean_abs does not read: without either, all tokens "
+            "are sampled, and their number is that of tokens"
         )
     place = _place(device)
     for module in (base, tuned):
@@ -237,6 +240,7 @@ def _task(
         "options": dict(options),
         "allocation": json.loads(json.dumps(allocation)),
         "torch": torch.__version__,
+        "fit": FIT,
     }
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import released
 from ..checkpoint import match_names, open_checkpoint
 from ..delta import Delta
-from ..encodings import Sign
+from ..encodings import Rows, Sign
 from ..errors import BaseMismatchError, BitDeltaError, CalibrationError, UnsupportedError
 from ..fidelity import load_model, padded
 from ..fingerprint import Fingerprint
@@ -110,8 +110,9 @@ def distill(
     options = {"steps": steps, "batch": batch, "length": length, "rate": learning_rate, "per": per, "seed": seed}
     work = None
     if work_dir is not None:
-        begun_with = {"tuned": _fingerprint(tuned), "start": _digest_of_planes(planes)}
+        begun_with = {"tuned": _fingerprint(tuned), "start": _digest_of_encodings(delta)}
         begun_with |= {"calibration": digest_of(samples), "base": _fingerprint(base)}
+        begun_with |= {"device": device_of(teacher).type, "dtype": str(next(teacher.parameters()).dtype)}
         task = {**options, **begun_with, "relative": relative, "threads": torch.get_num_threads()}
         work = WorkDir(Path(work_dir) / "distillation", {**task, "torch": torch.__version__})
     losses = _train(teacher, student, planes, samples, steps, learning_rate, relative, work, progress)
@@ -120,8 +121,11 @@ def distill(
     log.info("distillation: loss %.4g -> %.4g in %d steps", first, last, steps)
     encodings = dict(delta.encodings)
     for name, (_, trained) in planes.items():
-        scale = trained.row_scale.detach().cpu().contiguous()
-        encodings[name] = dataclasses.replace(trained.sign, row_scale=scale)
+        scale, encoding = trained.row_scale.detach().cpu().contiguous(), delta.encodings[name]
+        if isinstance(encoding, Rows) and encoding.over is not None:
+            encodings[name] = dataclasses.replace(encoding, over=dataclasses.replace(encoding.over, row_scale=scale))
+        else:
+            encodings[name] = dataclasses.replace(trained.sign, row_scale=scale)
     return dataclasses.replace(
         delta,
         encodings=encodings,
@@ -144,6 +148,8 @@ def _set_up(
     student: nn.Module, base: nn.Module | str | Path, delta: Delta, per: Per
 ) -> dict[str, tuple[Tensor, TrainedSign]]:
     """Give the student the base's values where the delta has sign planes, else the tuned ones.
+
+    Rows stored outright have their values, and planes that give them nothing; a table that grew is left as it is.
 
     Returns:
         By name, each parameter under sign planes, and those planes.
@@ -168,7 +174,10 @@ def _set_up(
             continue
         value = checkpoint.tensor(of_base[name]) if name in of_base else torch.empty(0)
         parameter = parameters[place]
-        if not isinstance(encoding, Sign):
+        if isinstance(encoding, Rows) and encoding.over is not None and encoding.over.shape == encoding.shape:
+            value, sign = _outright(encoding, value)
+            found[name] = (parameter, TrainedSign(sign, per, parameter.device))
+        elif not isinstance(encoding, Sign):
             value = encoding.apply(value)
         else:
             found[name] = (parameter, TrainedSign(encoding, per, parameter.device))
@@ -179,6 +188,20 @@ def _set_up(
             )
         parameter.copy_(value)
     return found
+
+
+def _outright(encoding: Rows, base: Tensor) -> tuple[Tensor, Sign]:
+    """The base's value with the listed rows in it, and planes that add nothing to them."""
+    over = encoding.over
+    assert over is not None
+    value, scale = base.detach().to(torch.float32, copy=True), over.row_scale.clone()
+    (value.T if encoding.transposed else value)[encoding.index] = encoding.values.float().to(value.device)
+    scale[:, encoding.index] = 0
+    left = over.left
+    if left is not None:
+        left = left.clone()
+        left[encoding.index] = 0
+    return value, dataclasses.replace(over, row_scale=scale, left=left)
 
 
 def make_samples(
@@ -358,10 +381,11 @@ def _fingerprint(source: nn.Module | str | Path) -> str:
     return Fingerprint.of(checkpoint, checkpoint.names()).digest
 
 
-def _digest_of_planes(planes: _Planes) -> str:
+def _digest_of_encodings(delta: Delta) -> str:
     found = hashlib.sha256()
-    for name, (_, trained) in sorted(planes.items()):
-        found.update(name.encode())
-        for tensor in trained.sign.tensors().values():
-            found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    for name, encoding in sorted(delta.encodings.items()):
+        over = encoding.over if isinstance(encoding, Rows) else None
+        found.update(f"{name} {encoding.layout}".encode())
+        for tensor in [*encoding.tensors().values(), *(over.tensors().values() if over is not None else ())]:
+            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

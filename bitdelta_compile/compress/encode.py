@@ -26,6 +26,8 @@ from .workdir import WorkDir
 # of what is read: a rank, and this share of its rows outright (of 16 bits each, an eighth of the bytes of a plane).
 FAR_RANK = 1
 FAR_ROWS = 1 / 128
+# Where a tied table's two uses are weighed by how often its rows are used: what all rows count together in any case.
+UNUSED = 0.05
 
 
 class _Matrices:
@@ -121,7 +123,7 @@ class _Matrices:
         """Planes for a matrix, unless they come out too far off or too large; kept in the work folder at once.
 
         Args:
-            uses: of a table, int64 [N]: how often each row is looked up.
+            uses: of a table, int64 [N] on the CPU: how often each row is looked up.
             bias: the vector that may be changed with it, see `Metric.mean`.
         """
         planes, rank = self.settings.size(name)
@@ -159,7 +161,7 @@ class _Matrices:
         lost = torch.zeros(matrix.rows)
         for first, block in matrix.blocks():
             rows = slice(first, first + block.shape[0])
-            lost[rows] = (block - sign.rows(rows).to(block.device)).square_().sum(-1).cpu() * uses[rows].cpu()
+            lost[rows] = (block - sign.rows(rows).to(block.device)).square_().sum(-1).cpu() * uses[rows]
         lost = lost[: self.tuned[name].shape[0]]
         count = min(int(FAR_ROWS * lost.numel()), int((lost > 0).sum()))
         return lost.argsort(descending=True, stable=True)[:count].sort().values
@@ -170,31 +172,32 @@ class _Matrices:
             return self._dense(
                 name, f"planes leave {done.weight_error:.3g} of its norm, more than {settings.max_error:g}"
             )
-        if done.sign.nbytes + grown.numel() * self._row_bytes(name) >= tuned.nbytes:
+        often = grown[:0] if uses is None else self._most_used(name, done.sign, uses)
+        listed = torch.cat([often, grown])
+        if done.sign.nbytes + listed.numel() * self._row_bytes(name) >= tuned.nbytes:
             return self._dense(name, "planes take no fewer bytes")
         figures = {"error": done.error, "weight_error": done.weight_error, "energy": done.energy}
         rounded: dict[str, Any] = {key: float(f"{figure:.4g}") for key, figure in figures.items()}
-        if uses is not None:
-            often = self._most_used(name, done.sign, uses)
-            return _rows(tuned, torch.cat([often, grown]), done.sign, False), {**rounded, "rows": often.numel()}
-        if done.sign.shape == tuned.shape:
+        rounded |= {"rows": often.numel()} if often.numel() else {}
+        if not listed.numel() and done.sign.shape == tuned.shape:
             return done.sign, rounded
-        return _rows(tuned, grown, done.sign, self.transposed(name)), rounded
+        return _rows(tuned, listed, done.sign, self.transposed(name)), rounded
 
     def arrive(self, at: Arrival, shared: Mapping[str, Moments]) -> None:
         """Fit the matrix that the streams stand before."""
         name, settings = at.name, self.settings
         bias = at.bias if at.bias is not None and self._free(at.bias) else None
-        height = self.base[name].shape[0]
-        uses = torch.bincount(at.ids(), minlength=height)[:height] if at.looked_up else None
+        uses = None
+        if at.looked_up:
+            height = self.base[name].shape[0]
+            uses = torch.bincount(at.ids(), minlength=height)[:height]
         if self.work is not None and name in self.work:
             self._metric = None if at.fresh else self._metric
             return self.fit(name, None, uses, bias)
         factor = settings.method == "sequential" or settings.ranked
         if name in shared:
             moments = shared[name]
-            counts = uses if uses is not None else torch.ones(height, dtype=torch.int64)
-            extra = balance(self._matrix(name), moments, counts) if self.usage[name].looked_up else 0.0
+            extra = balance(self._matrix(name), moments, uses) if self.usage[name].looked_up else 0.0
             self._metric = None
             return self.fit(name, measure(moments, factor=factor, extra=extra), uses)
         if at.looked_up:
@@ -210,17 +213,19 @@ class _Matrices:
         return bias in self.changes and not self.changes[bias].equal and self._others.get(bias) == 1
 
 
-def balance(matrix: DeltaMatrix, moments: Moments, uses: Tensor) -> float:
+def balance(matrix: DeltaMatrix, moments: Moments, uses: Tensor | None) -> float:
     """What to add to H's diagonal so that lookups and products of a tied table count equally, each relative to its own
     energy.
 
-    Rows count as often as they are used. What they have in common moves all logits alike, which no probability shows:
-    that is no part of the energy of the products.
+    Rows count as often as they are used, and those never used a little. What they have in common moves all logits
+    alike, which no probability shows: that is no part of the energy of the products.
 
     Args:
-        uses: int64 [N], how often each row is looked up.
+        uses: int64 [N], how often each row is looked up; None where that is not known.
     """
-    weight = uses.to(matrix.place, torch.float32) / max(1, int(uses.sum()))
+    weight = torch.full((matrix.rows,), 1 / max(1, matrix.rows), device=matrix.place)
+    if uses is not None and bool(uses.any()):
+        weight = UNUSED * weight + (1 - UNUSED) * uses.to(matrix.place, torch.float32) / int(uses.sum())
     multiplied = looked_up = 0.0
     common = torch.zeros(matrix.features, dtype=torch.float64, device=matrix.place)
     for first, block in matrix.blocks():

@@ -37,9 +37,15 @@ class Arrival:
         self.looked_up = any(stream.use is not None and stream.use.kind == "embedding" for _, stream in pairs)
 
     def ids(self) -> Tensor:
-        """Every id looked up, int64."""
-        found = [stream.use.operand for _, stream in self._pairs if stream.use is not None]
-        return torch.cat([ids.flatten().long() for ids in found if ids is not None])
+        """Every id looked up, without those of tokens that the batch masks, int64."""
+        found = [torch.empty(0, dtype=torch.int64)]
+        for _, stream in self._pairs:
+            if stream.use is not None and stream.use.kind == "embedding" and stream.use.operand is not None:
+                ids, mask = stream.use.operand, stream.run.mask
+                found.append(
+                    (ids[mask] if mask is not None and mask.shape == ids.shape else ids).flatten().long().cpu()
+                )
+        return torch.cat(found)
 
     def moments(self, features: int) -> Moments:
         """Of the compressed model's inputs, and of the tuned model's beside them.

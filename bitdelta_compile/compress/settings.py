@@ -12,6 +12,7 @@ Method = Literal["sequential", "closed_form", "mean_abs"]
 Quality = Literal["fast", "balanced", "best"]
 
 MAX_PLANES = 4
+FIT = 2  # goes up when equal settings give other planes: work of an earlier fit is not gone on with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Settings:
         passes: of error feedback over a matrix (`sequential`).
         sweeps: of single sign flips after them (`sequential`).
         max_error: a matrix is stored dense if its planes leave more than this share of the tuned matrix's own norm.
-        far: a table that has moved by more than this share of its own norm gets a low-rank part and its most used rows
-            outright (`sequential`, where `allocation` does not name it).
+        far: a table that is looked up first and has moved by more than this share of its own norm gets a low-rank part
+            and its most used rows outright (`sequential`, where `allocation` does not name it).
         min_elements: smaller matrices are stored dense.
         allocation: by parameter name, for those that differ from the rest.
     """

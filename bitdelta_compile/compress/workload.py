@@ -207,7 +207,9 @@ def digest_of(batches: Sequence[calibrate.Batch]) -> str:
     found = hashlib.sha256()
     for batch in batches:
         for key, value in sorted(batch.items()):
-            found.update(key.encode())
+            found.update(
+                f"{key} {value.dtype} {tuple(value.shape)}".encode() if isinstance(value, Tensor) else key.encode()
+            )
             plain = value.detach().cpu().contiguous() if isinstance(value, Tensor) else None
             found.update(
                 repr(value).encode() if plain is None else plain.reshape(-1).view(torch.uint8).numpy().tobytes()

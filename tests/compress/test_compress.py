@@ -227,10 +227,17 @@ def test_sampled_tokens_where_there_is_nothing_to_stand_beside_or_nobody_writes(
     for wrong in (-1, 0.5):
         with pytest.raises(UnsupportedError, match="0 or more"):
             compress(*pair, [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], sampled=wrong)
-    with pytest.raises(UnsupportedError, match="without calibration all tokens are sampled"):
-        compress(*pair, sampled=64)
+    for options in ({}, {"calibration": [{"input_ids": torch.ones(1, 4)}], "method": "mean_abs"}):
+        with pytest.raises(UnsupportedError, match="stand beside texts or batches"):
+            compress(*pair, sampled=64, **options)
     with pytest.raises(UnsupportedError, match="writes no text"):
         compress(bert_pair.base, bert_pair.tuned, ["the value of python"], sampled=64)
+
+
+def test_sampled_tokens_beside_batches_without_ids(pair):
+    """A tied table stands at its head in one run and at its lookup in the others."""
+    batches = [{"inputs_embeds": torch.randn(2, 9, pair[0].config.hidden_size)}]
+    assert compress(*pair, batches, sampled=64).options["sampled"] == 64
 
 
 def test_texts_need_a_tokenizer(pair):

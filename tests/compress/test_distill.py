@@ -18,7 +18,7 @@ from bitdelta_compile import fidelity
 from bitdelta_compile.compress.deltapath import DeltaPath, TrainedSign
 from bitdelta_compile.compress.distill import distill
 from bitdelta_compile.delta import Delta
-from bitdelta_compile.encodings import Dense, Sign
+from bitdelta_compile.encodings import Dense, Rows, Sign
 from bitdelta_compile.errors import BaseMismatchError, BitDeltaError, CalibrationError, UnsupportedError
 
 TEXTS = ["the language is a value of python and it is to be", "python is not the language that it is for a value"] * 8
@@ -200,6 +200,42 @@ def test_an_interrupted_training_goes_on_where_it_was(per: Any, llama_pair: Any,
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(UnsupportedError, match="delete it"):
         train("damaged", work)
+
+
+def with_rows(delta: Delta, values: float) -> tuple[Delta, str]:
+    """The delta with two rows of its table stored outright."""
+    name = next(name for name, e in delta.encodings.items() if isinstance(e, Sign) and "embed" in name)
+    sign = delta.encodings[name]
+    assert isinstance(sign, Sign)
+    stored = torch.full((2, sign.in_features), values)
+    rows = Rows(sign.shape, sign.dtype, torch.tensor([1, 5]), stored, sign)
+    return dataclasses.replace(delta, encodings={**delta.encodings, name: rows}), name
+
+
+def test_planes_under_stored_rows_are_trained_too(llama_pair: Any, start: Delta) -> None:
+    given, name = with_rows(start, 0.5)
+    after = distill(
+        llama_pair.base, llama_pair.tuned, given, TEXTS, steps=3, length=8, learning_rate=0.02, relative=True
+    )
+    before, found = given.encodings[name], after.encodings[name]
+    assert isinstance(before, Rows)
+    assert isinstance(found, Rows)
+    assert before.over is not None
+    assert found.over is not None
+    assert torch.equal(found.values, before.values)
+    kept = [row for row in range(before.over.out_features) if row not in (1, 5)]
+    assert not torch.equal(found.over.row_scale[:, kept], before.over.row_scale[:, kept])
+
+
+def test_another_start_is_refused(llama_pair: Any, start: Delta, tmp_path: Path) -> None:
+    for values, refused in ((0.5, False), (0.25, True)):
+        given, _ = with_rows(start, values)
+        options: Any = {"steps": 1, "length": 8, "learning_rate": 1e-6, "work_dir": tmp_path}
+        if refused:
+            with pytest.raises(UnsupportedError, match="its start is another"):
+                distill(llama_pair.base, llama_pair.tuned, given, TEXTS, **options)
+        else:
+            distill(llama_pair.base, llama_pair.tuned, given, TEXTS, **options)
 
 
 def test_the_tuned_model_runs_once_per_batch(llama_pair: Any, start: Delta) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from bitdelta_compile.compress.encode import balance, encode, matrices_all_dense
 from bitdelta_compile.compress.fit import DeltaMatrix
 from bitdelta_compile.compress.metric import Moments
 from bitdelta_compile.compress.settings import Allocation, Settings
+from bitdelta_compile.compress.streams import Run
 from bitdelta_compile.compress.workdir import WorkDir
 from bitdelta_compile.encodings import Dense, Rows, Same, Sign
 from bitdelta_compile.errors import BitDeltaError, CalibrationError
@@ -407,7 +410,7 @@ def test_what_all_logits_share_does_not_count():
     uses = torch.arange(base.shape[0]) % 5
     moments = Moments(K, torch.device("cpu"))
     moments.add(torch.randn(64, K) + 1)
-    share = (uses / uses.sum()).unsqueeze(-1)
+    share = (0.95 * uses / uses.sum() + 0.05 / base.shape[0]).unsqueeze(-1)
     expected = (tuned - base) - ((tuned - base) * share).sum(0)
     energy = float(((expected @ moments.gram) * expected * share).sum()) / 64
     for moved in (tuned, tuned + torch.randn(K)):
@@ -415,16 +418,38 @@ def test_what_all_logits_share_does_not_count():
         assert found * float(((moved - base).square() * share).sum()) == pytest.approx(energy, rel=1e-3)
 
 
-def test_a_far_table_is_resumed_as_it_was(tmp_path):
+def test_a_far_table_is_resumed_as_it_was(tmp_path, monkeypatch):
     base, tuned, use = far_table()
     settings = Settings(method="sequential")
-    first, second = (
-        encode({"w": base}, {"w": tuned}, lambda: use(tuned), settings, work=WorkDir(tmp_path, {}))[0]["w"]
-        for _ in range(2)
-    )
+
+    def run():
+        found = encode({"w": base}, {"w": tuned}, lambda: use(tuned), settings, work=WorkDir(tmp_path, {}))[0]["w"]
+        monkeypatch.setattr(sys.modules[encode.__module__], "fit", None)  # it is not fitted again
+        return found
+
+    first, second = run(), run()
     for one, two in ((first, second), (first.over, second.over)):
         for name, tensor in one.tensors().items():
             assert torch.equal(tensor, two.tensors()[name])
+
+
+def test_masked_tokens_are_no_uses_of_a_far_table():
+    base, tuned, _ = far_table()
+    ids = torch.full((4, 32), 7)
+    ids[:, :3] = torch.arange(20, 32).view(4, 3)
+    mask = torch.zeros(4, 32, dtype=torch.bool)
+    mask[:, :3] = True
+    run = Run(lambda: F.linear(F.embedding(ids, tuned), tuned), mask)
+    encodings, _ = encode({"w": base}, {"w": tuned}, [run], Settings(method="sequential"))
+    assert 7 not in encodings["w"].index.tolist()
+    assert set(encodings["w"].index.tolist()) <= set(range(20, 32))
+
+
+def test_a_small_far_table_lists_no_rows():
+    base, tuned, _ = far_table(100)
+    found, _ = encode_one(base, tuned, lambda w: F.embedding(torch.arange(9), w), method="sequential")
+    assert isinstance(found, Sign)
+    assert found.rank == 1
 
 
 def test_an_allocation_overrules_the_settings():

@@ -152,6 +152,8 @@ def test_the_base_beside_it(rows, dtype, biased):
 
 def test_the_base_in_bf16_where_code_is_compiled_for_narrower_instructions():
     """AVX2 has no dot products of bf16, whatever the machine that compiles has: the library's linear is kept."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("no bf16 dot products: the library's linear is kept anyway")
     tensors, weight = bank(70, 100), torch.randn(70, 100).bfloat16()
     run = compiled(layer_of(weight, None, tensors), **{"cpp.simdlen": 256})
     x, tenant = torch.randn(5, 100).bfloat16(), torch.arange(5, dtype=torch.int32) % SLOTS - 1
