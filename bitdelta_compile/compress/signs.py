@@ -45,30 +45,40 @@ def feed_errors(target: Tensor, scale: Tensor, columns: Tensor | None, upper: Te
     Returns:
         fp32 [P, K, n].
     """
-    rest = target.clone()
-    signs = torch.empty(scale.shape[0], *target.shape, device=target.device)
-    pivots = upper.diagonal().tolist()
-    one = torch.ones_like(scale[0])
-    rests, by_plane = rest.unbind(0), [plane.unbind(0) for plane in signs]
+    feedback = _Feedback(target, scale, columns, upper)
+    feedback.settle(0, target.shape[0])
+    return feedback.signs
 
-    def settle(first: int, last: int) -> None:
+
+class _Feedback:
+    """The columns still to be settled, and the signs of those that are. No closure: one that calls itself is a cycle,
+    which keeps its tensors until the garbage is collected."""
+
+    def __init__(self, target: Tensor, scale: Tensor, columns: Tensor | None, upper: Tensor) -> None:
+        self.scale, self.columns, self.upper = scale, columns, upper
+        self.rest = target.clone()
+        self.signs = torch.empty(scale.shape[0], *target.shape, device=target.device)
+        self._pivots = upper.diagonal().tolist()
+        self._one = torch.ones_like(scale[0])
+        self._rests, self._by_plane = self.rest.unbind(0), [plane.unbind(0) for plane in self.signs]
+
+    def settle(self, first: int, last: int) -> None:
+        """Columns `first` to `last`, whose errors reach no further."""
+        rest, upper = self.rest, self.upper
         if last - first > LEAF:
             middle = first + (last - first) // (2 * LEAF) * LEAF if last - first >= 2 * LEAF else first + LEAF
-            settle(first, middle)
+            self.settle(first, middle)
             rest[middle:last].addmm_(upper[first:middle, middle:last].T, rest[first:middle], alpha=-1)
-            settle(middle, last)
+            self.settle(middle, last)
             return
         for k in range(first, last):
-            w = rests[k]
-            for plane, taken in enumerate(by_plane):
-                torch.copysign(one, w, out=taken[k])
-                w.addcmul_(taken[k], levels(scale, columns, plane, k), value=-1)
-            w.div_(pivots[k])
+            w = self._rests[k]
+            for plane, taken in enumerate(self._by_plane):
+                torch.copysign(self._one, w, out=taken[k])
+                w.addcmul_(taken[k], levels(self.scale, self.columns, plane, k), value=-1)
+            w.div_(self._pivots[k])
             if k + 1 < last:
                 rest[k + 1 : last].addr_(upper[k, k + 1 : last], w, alpha=-1)
-
-    settle(0, rest.shape[0])
-    return signs
 
 
 def flip_signs(target: Tensor, signs: Tensor, scale: Tensor, columns: Tensor | None, h: Tensor) -> None:

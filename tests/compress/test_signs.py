@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -110,3 +113,17 @@ def test_a_row_without_change_has_no_scale():
         scale = signs.fit_scale(target, found, None, metric.ordered)
         assert (scale[:, 2] == 0).all()
         assert scale.isfinite().all()
+
+
+def test_error_feedback_holds_on_to_nothing():
+    """Cycles would keep a matrix's tensors until the garbage is collected, one layer after another."""
+    target, scale, upper = torch.randn(40, 3), torch.rand(1, 3), torch.eye(40)
+    gc.collect()
+    gc.disable()
+    try:
+        signs.feed_errors(target, scale, None, upper)
+        kept = weakref.ref(upper)
+        del upper
+        assert kept() is None
+    finally:
+        gc.enable()
