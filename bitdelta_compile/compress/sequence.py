@@ -106,6 +106,7 @@ def collect(
 
         def on_use(use: Use) -> None:
             nonlocal met
+            values.forget()  # one converted matrix at a time
             x = flat_inputs(use, run, features[use.name]) if use.name in features else None
             if x is not None:
                 found.setdefault(use.name, Moments(features[use.name], x.device)).add(x)

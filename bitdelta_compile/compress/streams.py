@@ -63,6 +63,9 @@ class Values(Protocol):
     def vector(self, name: str) -> Tensor | None:
         """A bias, fp32 [N]; None: the parameter itself."""
 
+    def forget(self) -> None:
+        """Let go of converted copies."""
+
 
 class Ended(BaseException):
     """Unwinds a run of which nothing more is wanted."""

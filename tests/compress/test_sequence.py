@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitdelta_compile.compress.encode import encode
+from bitdelta_compile.compress.sequence import collect
 from bitdelta_compile.compress.settings import Settings
 from bitdelta_compile.compress.streams import Run, Stream, Substitution
+from bitdelta_compile.compress.survey import survey
 from bitdelta_compile.compress.weights import FittedValues, TunedValues
 from bitdelta_compile.encodings import Rows, Sign
 from bitdelta_compile.errors import CalibrationError
@@ -197,3 +199,21 @@ def test_a_bias_with_another_use_is_left_alone():
     found, _ = encode(base, tuned, lambda: outputs(tuned) * tuned["b1"], Settings("sequential"))
     assert torch.equal(found["b1"].value, tuned["b1"])
     assert not torch.equal(found["b0"].value, tuned["b0"])
+
+
+def test_looking_over_a_run_holds_one_converted_matrix_at_a_time():
+    class Watched(TunedValues):
+        def matrix(self, name):
+            found = super().matrix(name)
+            held.append(len(self._wide))
+            return found
+
+    held = []
+    _, tuned = weights(3)
+    tuned = {name: value.bfloat16() for name, value in tuned.items()}
+    run = Run(chain(tuned, ["w0", "w1", "w2", "w0"], 0))
+    seen = survey(run, tuned, set(tuned), Watched(tuned))
+    found = collect([run], tuned, Watched(tuned), {"w0": K}, seen)
+    assert found["w0"].tokens == 80
+    assert held
+    assert max(held) == 1
