@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -194,13 +193,9 @@ def _outright(encoding: Rows, base: Tensor) -> tuple[Tensor, Sign]:
     """The base's value with the listed rows in it, and planes that add nothing to them."""
     over = encoding.over
     assert over is not None
-    value, scale = base.detach().to(torch.float32, copy=True), over.row_scale.clone()
-    (value.T if encoding.transposed else value)[encoding.index] = encoding.values.float().to(value.device)
-    scale[:, encoding.index] = 0
-    left = over.left
-    if left is not None:
-        left = left.clone()
-        left[encoding.index] = 0
+    scale = over.row_scale.index_fill(1, encoding.index, 0)
+    left = None if over.left is None else over.left.index_fill(0, encoding.index, 0)
+    value = dataclasses.replace(encoding, over=None).apply(base.detach())
     return value, dataclasses.replace(over, row_scale=scale, left=left)
 
 
@@ -382,10 +377,9 @@ def _fingerprint(source: nn.Module | str | Path) -> str:
 
 
 def _digest_of_encodings(delta: Delta) -> str:
-    found = hashlib.sha256()
+    found: list[dict[str, Any]] = []
     for name, encoding in sorted(delta.encodings.items()):
-        over = encoding.over if isinstance(encoding, Rows) else None
-        found.update(f"{name} {encoding.layout}".encode())
-        for tensor in [*encoding.tensors().values(), *(over.tensors().values() if over is not None else ())]:
-            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        found.append({"name": name, "layout": encoding.layout, **encoding.tensors()})
+        if isinstance(encoding, Rows) and encoding.over is not None:
+            found.append(encoding.over.tensors())
+    return digest_of(found)

@@ -202,18 +202,16 @@ def prepare(
     return Workload(calibrate.model_runs(model, batches), handles, data, digest_of(batches), model, device)
 
 
-def digest_of(batches: Sequence[calibrate.Batch]) -> str:
-    """Of the values of batches."""
+def digest_of(batches: Iterable[Mapping[str, Any]]) -> str:
+    """Of the values of batches, or of any tensors and plain values by name."""
     found = hashlib.sha256()
     for batch in batches:
         for key, value in sorted(batch.items()):
-            found.update(
-                f"{key} {value.dtype} {tuple(value.shape)}".encode() if isinstance(value, Tensor) else key.encode()
-            )
-            plain = value.detach().cpu().contiguous() if isinstance(value, Tensor) else None
-            found.update(
-                repr(value).encode() if plain is None else plain.reshape(-1).view(torch.uint8).numpy().tobytes()
-            )
+            if isinstance(value, Tensor):
+                found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+                found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                found.update(f"{key}{value!r}".encode())
     return found.hexdigest()
 
 
