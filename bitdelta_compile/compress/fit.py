@@ -203,6 +203,73 @@ def _fit_block(
     return signs, scale
 
 
+class _Planes:
+    """Signs and scales of one matrix while they are fitted, block of rows by block; [K, n] is in the metric's order.
+
+    Attributes:
+        signs: int32 [P, N, W], features as the matrix has them.
+        scale: fp32 [P, N].
+        columns: fp32 [P, K] or None, features as the matrix has them.
+        fed: signs come from error feedback.
+    """
+
+    def __init__(
+        self, matrix: DeltaMatrix, metric: Metric | None, settings: Settings, planes: int, weight: Tensor | None
+    ) -> None:
+        self._matrix, self._settings, self._planes = matrix, settings, planes
+        self.columns = column_means(matrix, planes, weight) if settings.scales_columns else None
+        self._means = plane_means(matrix, planes) if settings.method == "mean_abs" else None
+        self.order = torch.arange(matrix.features, device=matrix.place) if metric is None else metric.order
+        self.metric = None if metric is None else dataclasses.replace(metric, h=metric.ordered)
+        self._columns = None if self.columns is None else self.columns[:, self.order]
+        self.fed = settings.method == "sequential" and metric is not None and metric.upper is not None
+        self.signs = torch.empty(planes, matrix.rows, layout.words(matrix.features), dtype=torch.int32)
+        self.scale = torch.empty(planes, matrix.rows)
+
+    def targets(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, their delta [n, K] as it is, what is to be fitted [K, n]: the delta and what the metric adds)."""
+        shift = None if self.metric is None else self.metric.shift
+        for first, delta in self._matrix.blocks(BLOCK_ELEMENTS if self.metric is None else FIT_ELEMENTS):
+            rows = slice(first, first + delta.shape[0])
+            wanted = delta if shift is None else delta + self._matrix.rows_of_tuned(rows) @ shift
+            yield rows, delta, wanted.T[self.order]
+
+    def fit(self, rows: slice, delta: Tensor, target: Tensor) -> Tensor:
+        """Signs and scales of these rows; what they amount to, fp32 [K, n]."""
+        if self._means is not None:
+            return self._keep(rows, *_block_of_means(target, rows.start, self._means, (delta == 0).all(-1)))
+        return self._keep(
+            rows,
+            *_fit_block(target, rows.start, self._columns, self.metric, self._settings, self._planes, self.fed),
+        )
+
+    def refit(self, rows: slice, delta: Tensor, target: Tensor) -> Tensor:
+        """`fit` once more, to what a low-rank part leaves of what these rows were fitted to."""
+        if self.fed:
+            return self.fit(rows, delta, target)
+        signs, scale = self._found(rows)
+        if self._means is None:  # the delta's own signs stay: those of what the low-rank part leaves are worse
+            scale = choice.fit_scale(target, signs, self._columns, None if self.metric is None else self.metric.h)
+        return self._keep(rows, signs, scale)
+
+    def values(self, rows: slice) -> Tensor:
+        """What was found amounts to, fp32 [K, n]."""
+        return choice.values(*self._found(rows), self._columns)
+
+    def _found(self, rows: slice) -> tuple[Tensor, Tensor]:
+        device = self._matrix.place
+        signs = layout.unpack_signs(self.signs[:, rows].to(device), self._matrix.features, torch.float32)
+        return signs.transpose(1, 2)[:, self.order], self.scale[:, rows].to(device)
+
+    def _keep(self, rows: slice, signs: Tensor, scale: Tensor) -> Tensor:
+        back = torch.empty_like(signs)
+        back[:, self.order] = signs
+        for plane in range(self._planes):
+            self.signs[plane, rows] = layout.pack(back[plane].T > 0).cpu()
+        self.scale[:, rows] = scale.cpu()
+        return choice.values(signs, scale, self._columns)
+
+
 def fit(
     matrix: DeltaMatrix,
     metric: Metric | None,
@@ -221,83 +288,45 @@ def fit(
             few directions are most; else it is fitted to what planes leave.
         weight: fp32 [N] or None: how much each row counts for the column scales.
     """
-    device, features = matrix.place, matrix.features
-    columns = column_means(matrix, planes, weight) if settings.scales_columns else None
-    means = plane_means(matrix, planes) if settings.method == "mean_abs" else None
-    order = torch.arange(features, device=device) if metric is None else metric.order
-    if metric is not None:
-        metric = dataclasses.replace(metric, h=metric.ordered)
-    ordered = None if columns is None else columns[:, order]
-    signs = torch.empty(planes, matrix.rows, layout.words(features), dtype=torch.int32)
-    scale = torch.empty(planes, matrix.rows)
-    rank = min(rank, matrix.rows, features)
-    fed = settings.method == "sequential" and metric is not None and metric.upper is not None
-    left = torch.empty(matrix.rows, rank)
-    low_rank = LowRank(rank, features, metric, device) if rank else None
-    right: Tensor | None = None
-    means_of_x = None
+    found = _Planes(matrix, metric, settings, planes, weight)
+    rank = min(rank, matrix.rows, matrix.features)
+    left = right = low_rank = None
+    if rank:
+        low_rank = LowRank(rank, matrix.features, found.metric, matrix.place)
+        for rows, delta, target in found.targets():
+            low_rank.add(target if rank_first else target - found.fit(rows, delta, target))
+        left, right = torch.empty(matrix.rows, rank), low_rank.right()
+    lacking = means_of_x = None
     if metric is not None and metric.mean is not None and metric.offset is not None:
-        means_of_x = metric.mean[order], metric.offset
-    lacking = None if means_of_x is None else torch.empty(matrix.rows)
+        means_of_x = metric.mean[found.order], metric.offset
+        lacking = torch.empty(matrix.rows)
     lost = energy = apart = 0.0
-    for last in (False, True) if low_rank is not None else (True,):
-        if low_rank is not None and last:
-            right = low_rank.right()
-        for first, delta in matrix.blocks(BLOCK_ELEMENTS if metric is None else FIT_ELEMENTS):
-            rows = slice(first, first + delta.shape[0])
-            shift = None if metric is None else metric.shift
-            target = (delta if shift is None else delta + matrix.rows_of_tuned(rows) @ shift).T[order]
-            found, sizes = signs.new_empty(0), scale[:, rows].to(device)
-            if low_rank is not None and right is None and rank_first:
-                low_rank.add(target)
-                continue
-            if low_rank is not None and right is not None:
-                left_over = target
-                if not rank_first:
-                    found = _unpack(signs[:, rows], features, device)[:, order]
-                    left_over = target - choice.values(found, sizes, ordered)
-                factor = low_rank.left(left_over)
-                target -= (factor @ right).T
-                left[rows] = factor.cpu()
-            if means is None and (right is None or rank_first or fed):
-                found, sizes = _fit_block(target, first, ordered, metric, settings, planes, fed)
-            elif means is None:  # the delta's own signs stay: those of what the low-rank part leaves are worse
-                sizes = choice.fit_scale(target, found, ordered, None if metric is None else metric.h)
-            elif right is None:
-                found, sizes = _block_of_means(target, first, means, (delta == 0).all(-1))
-            rest = target - choice.values(found, sizes, ordered)  # [K, n]
-            back = torch.empty_like(found)
-            back[:, order] = found
-            for plane in range(planes):
-                signs[plane, rows] = layout.pack(back[plane].T > 0).cpu()
-            scale[:, rows] = sizes.cpu()
-            if low_rank is not None and right is None:
-                low_rank.add(rest)
-            else:
-                lost += _cost(rest, metric)
-                energy += _cost(delta.T[order], metric)
-                apart += _cost(rest, None)
-                if means_of_x is not None and lacking is not None:
-                    mean, offset = means_of_x
-                    lacking[rows] = (rest.T @ mean + matrix.rows_of_tuned(rows) @ offset).cpu()
+    for rows, delta, target in found.targets():
+        if low_rank is not None and left is not None and right is not None:
+            factor = low_rank.left(target if rank_first else target - found.values(rows))
+            target -= (factor @ right).T
+            left[rows] = factor.cpu()
+        again = rank > 0 and not rank_first
+        rest = target - (found.refit if again else found.fit)(rows, delta, target)
+        lost += _cost(rest, found.metric)
+        energy += _cost(delta.T[found.order], found.metric)
+        apart += _cost(rest, None)
+        if means_of_x is not None and lacking is not None:
+            mean, offset = means_of_x
+            lacking[rows] = (rest.T @ mean + matrix.rows_of_tuned(rows) @ offset).cpu()
     if right is not None:
-        right = torch.empty_like(right).index_copy_(1, order, right)
+        right = torch.empty_like(right).index_copy_(1, found.order, right)
     sign = Sign(
         tuple(matrix.base.shape),
         matrix.tuned.dtype,
-        signs,
-        scale,
-        None if columns is None else columns.cpu(),
-        None if right is None else left.bfloat16(),
+        found.signs,
+        found.scale,
+        None if found.columns is None else found.columns.cpu(),
+        None if left is None else left.bfloat16(),
         None if right is None else right.bfloat16().cpu(),
         matrix.transposed,
     )
     return Fitted(sign, _ratio(lost, energy), _ratio(apart, matrix.tuned_energy()), energy, lacking)
-
-
-def _unpack(signs: Tensor, features: int, device: torch.device) -> Tensor:
-    """int32 [P, n, W] -> fp32 [P, K, n]."""
-    return layout.unpack_signs(signs.to(device), features, torch.float32).transpose(1, 2)
 
 
 def _cost(rest: Tensor, metric: Metric | None) -> float:
