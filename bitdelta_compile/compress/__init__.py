@@ -234,8 +234,8 @@ def _task(
     """What a work folder is for: equal for calls that give the same file."""
     allocation = {name: dataclasses.astuple(given) for name, given in sorted(settings.allocation.items())}
     return {
-        "base": Fingerprint.of(ours, ours.names()).digest,
-        "tuned": Fingerprint.of(theirs, theirs.names()).digest,
+        "base": Fingerprint.of(ours).digest,
+        "tuned": Fingerprint.of(theirs).digest,
         "calibration": workload.digest,
         "options": dict(options),
         "allocation": json.loads(json.dumps(allocation)),

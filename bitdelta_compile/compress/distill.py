@@ -372,8 +372,7 @@ def _resume(work: WorkDir | None, planes: _Planes, optimizer: torch.optim.Adam) 
 
 
 def _fingerprint(source: nn.Module | str | Path) -> str:
-    checkpoint = open_checkpoint(source)
-    return Fingerprint.of(checkpoint, checkpoint.names()).digest
+    return Fingerprint.of(open_checkpoint(source)).digest
 
 
 def _digest_of_encodings(delta: Delta) -> str:

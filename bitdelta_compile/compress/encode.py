@@ -321,7 +321,6 @@ def encode(
     matrices = _Matrices(base, tuned, changes, settings, copy, work, device)
     values = TunedValues(tuned, device)
     seen = survey(runs[0], handles, candidates, values) if runs and candidates else None
-    values.forget()
     matrices.prepare(candidates, seen)
 
     def report(done: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from .metric import Moments
-from .streams import Ended, Run, Stream, Substitution
+from .streams import Ended, Run, Stream, Substitution, return_memory
 from .survey import Survey
 from .uses import Use
 from .weights import FittedValues, TunedValues
@@ -106,7 +106,6 @@ def collect(
 
         def on_use(use: Use) -> None:
             nonlocal met
-            values.forget()  # one converted matrix at a time
             x = flat_inputs(use, run, features[use.name]) if use.name in features else None
             if x is not None:
                 found.setdefault(use.name, Moments(features[use.name], x.device)).add(x)
@@ -119,7 +118,6 @@ def collect(
 
     for run in runs if features else ():
         watch(run)
-        values.forget()
     return found
 
 
@@ -174,6 +172,7 @@ def arrivals(
                 tuned.forget()
                 if compressed is not None:
                     compressed.forget()
+                return_memory()
             yield Arrival(first.name, there, not same)
     finally:
         for stream in streams:

@@ -10,7 +10,9 @@ device that computes, while an operation runs.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -72,11 +74,18 @@ class Ended(BaseException):
 
 
 class Substitution(UseRecorder):
-    """Reports uses, and computes with `values` in the place of parameters."""
+    """Reports uses, and computes with `values` in the place of parameters.
 
-    def __init__(self, parameters: Mapping[str, Tensor], on_use: Callable[[Use], None], values: Values) -> None:
+    Args:
+        shared: other runs will want the copies that `values` converts, and the caller lets go of them; else they are
+            gone when the operation is.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], on_use: Callable[[Use], None], values: Values, shared: bool = False
+    ) -> None:
         super().__init__(parameters, on_use)
-        self._values = values
+        self._values, self._shared = values, shared
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -88,6 +97,13 @@ class Substitution(UseRecorder):
         return super().__torch_function__(func, types, args, kwargs)
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], uses: Sequence[Use]) -> Any:
+        try:
+            return self._call(func, args, kwargs, uses)
+        finally:
+            if not self._shared:
+                self._values.forget()
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], uses: Sequence[Use]) -> Any:
         name = getattr(func, "__name__", "")
         if name == "__get__":
             found = func(*args, **kwargs)
@@ -119,6 +135,22 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _NARROW else tensor
 
 
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    """glibc's malloc_trim, where that is the C library."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system: of every thread's heap glibc keeps some, up to twice 32 MB, and each
+    stream has a thread."""
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
 class Stream:
     """One run of the model in its own thread.
 
@@ -133,7 +165,7 @@ class Stream:
         self.run = run
         self.use: Use | None = None
         self._stops, self._ending = stops, False
-        self._mode = Substitution(parameters, self._before, values)
+        self._mode = Substitution(parameters, self._before, values, shared=True)
         self._failure: BaseException | None = None
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._body, daemon=True)

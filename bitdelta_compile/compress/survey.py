@@ -61,7 +61,6 @@ def survey(run: Run, handles: Mapping[str, Tensor], names: set[str], values: Val
     others: Counter[str] = Counter()
 
     def on_use(use: Use) -> None:
-        values.forget()  # one converted matrix at a time
         others[use.name] += use.kind == "other"
         if use.name in names:
             usage.setdefault(use.name, Usage()).add(use)

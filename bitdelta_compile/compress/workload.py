@@ -185,7 +185,7 @@ def prepare(
     tokenizer = tokenizer_of(name)
 
     def written(count: int) -> list[calibrate.Batch]:
-        theirs = Fingerprint.of(checkpoint, checkpoint.names()).digest
+        theirs = Fingerprint.of(checkpoint).digest
         return _sampled(model, handles, theirs, tokenizer, keep, count, seed, temperature, progress, device)
 
     if sampled and not can_write(model):
@@ -237,8 +237,7 @@ def _sampled(
         drawn = [stored[key] for key in sorted(stored)]
     else:
         starts = first_tokens(model, tokenizer)
-        values = TunedValues(handles, device)  # one matrix at a time is there
-        away = Substitution(handles, lambda use: values.forget(), values) if device is not None else None
+        away = Substitution(handles, lambda use: None, TunedValues(handles, device)) if device is not None else None
         with calibrate.evaluation(model, device), away or contextlib.nullcontext():
             drawn = sample(
                 model, starts, tokens, longest=calibrate.sequence_length(model), temperature=temperature, seed=seed,

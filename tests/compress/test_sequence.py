@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import platform
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 from bitdelta_compile.compress.encode import encode
 from bitdelta_compile.compress.sequence import collect
 from bitdelta_compile.compress.settings import Settings
-from bitdelta_compile.compress.streams import Run, Stream, Substitution
+from bitdelta_compile.compress.streams import Run, Stream, Substitution, return_memory
 from bitdelta_compile.compress.survey import survey
 from bitdelta_compile.compress.weights import FittedValues, TunedValues
 from bitdelta_compile.encodings import Rows, Sign
@@ -217,3 +219,29 @@ def test_looking_over_a_run_holds_one_converted_matrix_at_a_time():
     assert found["w0"].tokens == 80
     assert held
     assert max(held) == 1
+
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("RssAnon:"))) * 1024
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep less")
+def test_what_streams_let_go_goes_back_to_the_system():
+    mega = 1 << 20
+    bytearray(31 * mega)  # from here on glibc takes smaller pieces from heaps, of which it keeps twice as much
+    weight = {"w": torch.ones(4, 4)}
+
+    def call():
+        pieces = [torch.ones(mega // 4) for _ in range(40)]
+        del pieces
+        F.linear(torch.ones(2, 4), weight["w"])
+
+    streams = [Stream(Run(call), weight, TunedValues(weight), lambda use: True) for _ in range(2)]
+    for stream in streams:
+        stream.advance()  # stands in its thread, before the product
+    kept = anonymous()
+    return_memory()
+    assert kept - anonymous() > 60 * mega
+    for stream in streams:
+        stream.end()
