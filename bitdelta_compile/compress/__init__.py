@@ -96,10 +96,12 @@ def compress(
     check_amount(tokens, seed)
     if not isinstance(sampled, int) or sampled < 0:
         raise UnsupportedError(f"sampled must be an integer, 0 or more, got {sampled!r}")
-    if sampled and (calibration is None or settings.method == "mean_abs"):
+    if sampled and settings.method == "mean_abs":
+        raise UnsupportedError("mean_abs reads no tokens: leave sampled out, or choose another method")
+    if sampled and calibration is None:
         raise UnsupportedError(
-            "sampled tokens stand beside texts or batches, which mean_abs does not read: without either, all tokens "
-            "are sampled, and their number is that of tokens"
+            "sampled tokens stand beside texts (--text) or batches: give some, or leave sampled out; without them all "
+            "tokens are sampled, as many as tokens says"
         )
     place = _place(device)
     for module in (base, tuned):
