@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encodings import Dense, Encoding, Rows, Same, Sign
+from ..encodings import Dense, Encoding, Rows, Same
 from ..progress import Progress
+from . import tables
 from .changes import Change, check_finite, compare
 from .fit import DeltaMatrix, Fitted, fit
 from .metric import Metric, Moments, measure
@@ -21,13 +22,6 @@ from .survey import Survey, Usage, survey
 from .uses import Use
 from .weights import FittedValues, TunedValues
 from .workdir import WorkDir
-
-# What a table gets that has moved far, as nearly all of its rows then have moved the same way, and few of them are most
-# of what is read: a rank, and this share of its rows outright (of 16 bits each, an eighth of the bytes of a plane).
-FAR_RANK = 1
-FAR_ROWS = 1 / 128
-# Where a tied table's two uses are weighed by how often its rows are used: what all rows count together in any case.
-UNUSED = 0.05
 
 
 class _Matrices:
@@ -128,8 +122,8 @@ class _Matrices:
         """
         planes, rank = self.settings.size(name)
         matrix = self._matrix(name)
-        far = uses is not None and self._far(name, matrix)
-        rank = max(rank, FAR_RANK) if far else rank
+        far = uses is not None and self._may_be_far(name) and tables.moved(matrix) > self.settings.far
+        rank = max(rank, tables.FAR_RANK) if far else rank
         done = self.work.load(name) if self.work is not None else None
         if done is None:
             weight = None if uses is None else (uses + 1).float().to(matrix.place)
@@ -148,23 +142,9 @@ class _Matrices:
             tuned = self.tuned[bias].detach()
             self.vectors[bias] = (tuned.float() + done.lacking.to(tuned.device)).to(tuned.dtype)
 
-    def _far(self, name: str, matrix: DeltaMatrix) -> bool:
-        """Whether a table has moved too far for planes alone, and nobody has said what it is to get."""
-        if name in self.settings.allocation or self.settings.method != "sequential":
-            return False
-        moved = sum(float(block.square().sum(dtype=torch.float64)) for _, block in matrix.blocks())
-        return moved > self.settings.far**2 * matrix.tuned_energy()
-
-    def _most_used(self, name: str, sign: Sign, uses: Tensor) -> Tensor:
-        """The rows of a table whose errors are met most often, int64, ascending: FAR_ROWS of them."""
-        matrix = self._matrix(name)
-        lost = torch.zeros(matrix.rows)
-        for first, block in matrix.blocks():
-            rows = slice(first, first + block.shape[0])
-            lost[rows] = (block - sign.rows(rows).to(block.device)).square_().sum(-1).cpu() * uses[rows]
-        lost = lost[: self.tuned[name].shape[0]]
-        count = min(int(FAR_ROWS * lost.numel()), int((lost > 0).sum()))
-        return lost.argsort(descending=True, stable=True)[:count].sort().values
+    def _may_be_far(self, name: str) -> bool:
+        """Whether more than planes is for us to give."""
+        return self.settings.method == "sequential" and name not in self.settings.allocation
 
     def _judge(self, name: str, done: Fitted, uses: Tensor | None) -> tuple[Encoding, dict[str, Any]]:
         tuned, settings, grown = self.tuned[name], self.settings, self._grown(name)
@@ -172,7 +152,7 @@ class _Matrices:
             return self._dense(
                 name, f"planes leave {done.weight_error:.3g} of its norm, more than {settings.max_error:g}"
             )
-        often = grown[:0] if uses is None else self._most_used(name, done.sign, uses)
+        often = grown[:0] if uses is None else tables.most_used(self._matrix(name), done.sign, uses)
         listed = torch.cat([often, grown])
         if done.sign.nbytes + listed.numel() * self._row_bytes(name) >= tuned.nbytes:
             return self._dense(name, "planes take no fewer bytes")
@@ -197,7 +177,7 @@ class _Matrices:
         factor = settings.method == "sequential" or settings.ranked
         if name in shared:
             moments = shared[name]
-            extra = balance(self._matrix(name), moments, uses) if self.usage[name].looked_up else 0.0
+            extra = tables.balance(self._matrix(name), moments, uses) if self.usage[name].looked_up else 0.0
             self._metric = None
             return self.fit(name, measure(moments, factor=factor, extra=extra), uses)
         if at.looked_up:
@@ -211,30 +191,6 @@ class _Matrices:
     def _free(self, bias: str) -> bool:
         """Whether a bias is stored outright anyway, and nothing but its one product uses it."""
         return bias in self.changes and not self.changes[bias].equal and self._others.get(bias) == 1
-
-
-def balance(matrix: DeltaMatrix, moments: Moments, uses: Tensor | None) -> float:
-    """What to add to H's diagonal so that lookups and products of a tied table count equally, each relative to its own
-    energy.
-
-    Rows count as often as they are used, and those never used a little. What they have in common moves all logits
-    alike, which no probability shows: that is no part of the energy of the products.
-
-    Args:
-        uses: int64 [N], how often each row is looked up; None where that is not known.
-    """
-    weight = torch.full((matrix.rows,), 1 / max(1, matrix.rows), device=matrix.place)
-    if uses is not None and bool(uses.any()):
-        weight = UNUSED * weight + (1 - UNUSED) * uses.to(matrix.place, torch.float32) / int(uses.sum())
-    multiplied = looked_up = 0.0
-    common = torch.zeros(matrix.features, dtype=torch.float64, device=matrix.place)
-    for first, block in matrix.blocks():
-        share = weight[first : first + block.shape[0]].unsqueeze(-1)
-        multiplied += float(((block @ moments.gram) * block * share).sum(dtype=torch.float64))
-        looked_up += float((block.square() * share).sum(dtype=torch.float64))
-        common += (block * share).sum(0, dtype=torch.float64)
-    multiplied -= float(common @ moments.gram.double() @ common)
-    return max(0.0, multiplied) / max(1, moments.tokens) / looked_up if looked_up > 0 else 0.0
 
 
 def keep(tensor: Tensor, copy: bool) -> Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitdelta_compile.compress.encode import balance, encode, matrices_all_dense
+from bitdelta_compile.compress import tables
+from bitdelta_compile.compress.encode import encode, matrices_all_dense
 from bitdelta_compile.compress.fit import DeltaMatrix
 from bitdelta_compile.compress.metric import Moments
 from bitdelta_compile.compress.settings import Allocation, Settings
@@ -414,7 +415,7 @@ def test_what_all_logits_share_does_not_count():
     expected = (tuned - base) - ((tuned - base) * share).sum(0)
     energy = float(((expected @ moments.gram) * expected * share).sum()) / 64
     for moved in (tuned, tuned + torch.randn(K)):
-        found = balance(DeltaMatrix(base, moved), moments, uses)
+        found = tables.balance(DeltaMatrix(base, moved), moments, uses)
         assert found * float(((moved - base).square() * share).sum()) == pytest.approx(energy, rel=1e-3)
 
 
