@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from bitdelta_compile.kernels import layout, reference
+from bitdelta_compile.kernels.testing import random_bank
 from bitdelta_compile.lowering import ops
 from torch import Tensor
 
@@ -47,8 +48,7 @@ def problems() -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     found = []
     for rows, slots, outputs, features in PROBLEMS:
-        canonical = layout.pack(torch.rand(slots, 1, outputs, features, generator=generator) < 0.5)
-        row_scale = torch.rand(slots, 1, outputs, generator=generator) + 0.1
+        canonical, row_scale, *_ = random_bank(slots, 1, outputs, features)
         every = torch.arange(rows)
         tenant = torch.where(every % 5 == 4, -1, every % slots).to(torch.int32)
         for dtype in LIMITS:

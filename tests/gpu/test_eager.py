@@ -5,19 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from bitdelta_compile.kernels import layout, reference
+from bitdelta_compile.kernels.testing import random_bank
 from bitdelta_compile.lowering import ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 2e-3}
-
-
-def bank(slots, planes, outputs, features, *, column=False, rank=0):
-    generator = torch.Generator().manual_seed(outputs * 1000 + features)
-    signs = layout.pack(torch.rand(slots, planes, outputs, features, generator=generator) < 0.5)
-    row_scale = torch.rand(slots, planes, outputs, generator=generator) + 0.1
-    col_scale = torch.rand(slots, planes, features, generator=generator) + 0.5 if column else None
-    left = torch.randn(slots, outputs, rank, generator=generator).bfloat16() if rank else None
-    right = torch.randn(slots, rank, features, generator=generator).bfloat16() if rank else None
-    return signs, row_scale, col_scale, left, right
 
 
 def cuda(*tensors):
@@ -53,7 +44,7 @@ def tenants_of(rows, slots, popularity):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("rows", "slots"), [(1, 1), (16, 16), (64, 64), (257, 4)])
 def test_rows_and_tenants(rows, slots, dtype, popularity):
-    tensors = bank(slots, 1, 512, 1024)
+    tensors = random_bank(slots, 1, 512, 1024)
     tenant, x = tenants_of(rows, slots, popularity), torch.randn(rows, 1024).to(dtype)
     found, expected = delta(x.cuda(), tensors, tenant.cuda()), reference.delta_linear(x, *tensors, tenant)
     assert found.dtype == dtype
@@ -65,7 +56,7 @@ def test_rows_and_tenants(rows, slots, dtype, popularity):
 @pytest.mark.parametrize(("planes", "column", "rank"), [(2, False, 0), (1, True, 0), (2, True, 5)])
 @pytest.mark.parametrize("rows", [5, 90])
 def test_planes_column_scales_and_low_rank(rows, planes, column, rank, dtype):
-    tensors = bank(3, planes, 200, 640, column=column, rank=rank)
+    tensors = random_bank(3, planes, 200, 640, column=column, rank=rank)
     tensors[1][1, -1] = 0  # a tenant that lacks its last plane
     tenant, x = tenants_of(rows, 3, "with the base"), torch.randn(rows, 640).to(dtype)
     expected = reference.delta_linear(x, *tensors, tenant)
@@ -75,14 +66,14 @@ def test_planes_column_scales_and_low_rank(rows, planes, column, rank, dtype):
 @pytest.mark.parametrize(("outputs", "features"), [(1, 1), (7, 31), (17, 33), (65, 384), (129, 1000), (40, 32768)])
 @pytest.mark.parametrize("rows", [1, 9, 100])
 def test_ragged_shapes(rows, outputs, features):
-    tensors = bank(1, 1, outputs, features)
+    tensors = random_bank(1, 1, outputs, features)
     x = torch.randn(features, rows).bfloat16().T
     assert relative_error(delta(x.cuda(), tensors, None), reference.delta_linear(x, *tensors)) < 6e-3
 
 
 @pytest.mark.parametrize("rows", [16, 256])
 def test_a_row_does_not_depend_on_the_others(rows):
-    tensors = bank(8, 1, 256, 512)
+    tensors = random_bank(8, 1, 256, 512)
     x = torch.randn(rows, 512).bfloat16().cuda()
     tenant = tenants_of(rows, 8, "skewed").cuda()
     other = tenants_of(rows, 8, "distinct").cuda()
@@ -91,7 +82,7 @@ def test_a_row_does_not_depend_on_the_others(rows):
 
 
 def test_one_entry_far_off_and_entries_that_are_no_slot():
-    tensors = bank(2, 1, 128, 512)
+    tensors = random_bank(2, 1, 128, 512)
     x = torch.randn(4, 512).bfloat16()
     x[2, 7] = 300.0
     tenant = torch.tensor([0, 1, 1, 9], dtype=torch.int32)
@@ -102,7 +93,7 @@ def test_one_entry_far_off_and_entries_that_are_no_slot():
 
 @pytest.mark.parametrize("features", [100, 384, 4096])
 def test_embedding(features):
-    tensors = bank(3, 2, 50, features, column=True, rank=2)
+    tensors = random_bank(3, 2, 50, features, column=True, rank=2)
     ids, tenant = torch.randint(50, (4, 7)), torch.tensor([2, -1, 0, 9], dtype=torch.int32)
     found = ops.delta_embedding(
         ids.cuda(), *on_device(tensors, features), tenant.cuda(), embedding_dim=features, dtype=torch.float32,

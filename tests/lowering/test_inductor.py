@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from bitdelta_compile.kernels import layout, reference
+from bitdelta_compile.kernels import reference
+from bitdelta_compile.kernels.testing import random_bank
 from bitdelta_compile.lowering import cache, fusion, inductor, ops
 from torch import nn
 from torch._dynamo.utils import counters
@@ -17,16 +18,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
-
-
-def bank(slots, planes, outputs, features, *, column=False, rank=0):
-    generator = torch.Generator().manual_seed(outputs * 1000 + features)
-    signs = layout.pack(torch.rand(slots, planes, outputs, features, generator=generator) < 0.5)
-    row_scale = torch.rand(slots, planes, outputs, generator=generator) + 0.1
-    col_scale = torch.rand(slots, planes, features, generator=generator) + 0.5 if column else None
-    left = torch.randn(slots, outputs, rank, generator=generator).bfloat16() if rank else None
-    right = torch.randn(slots, rank, features, generator=generator).bfloat16() if rank else None
-    return signs, row_scale, col_scale, left, right
 
 
 def compiled(function, **options):
@@ -56,7 +47,7 @@ def relative_error(found, expected):
     ],
 )
 def test_any_number_of_rows_in_two_graphs_with_base_and_activation_fused(dtype, planes, column, rank):
-    tensors = bank(1, planes, 70, 100, column=column, rank=rank)
+    tensors = random_bank(1, planes, 70, 100, column=column, rank=rank)
     base = nn.Linear(100, 70).to(dtype).requires_grad_(requires_grad=False)
 
     def layer(x):
@@ -71,8 +62,8 @@ def test_any_number_of_rows_in_two_graphs_with_base_and_activation_fused(dtype, 
 
 
 def test_no_call_out_of_the_generated_code():
-    tensors = bank(1, 1, 40, 64)
-    table = bank(1, 1, 30, 64)
+    tensors = random_bank(1, 1, 40, 64)
+    table = random_bank(1, 1, 30, 64)
     weight = torch.randn(30, 64)
 
     def layer(ids):
@@ -87,7 +78,7 @@ def test_no_call_out_of_the_generated_code():
 
 
 def test_a_result_that_others_read_too_is_kept():
-    tensors = bank(1, 1, 40, 64)
+    tensors = random_bank(1, 1, 40, 64)
 
     def layer(x):
         delta = ops.delta_linear(x, *tensors, None)
@@ -102,7 +93,7 @@ def test_a_result_that_others_read_too_is_kept():
 @pytest.mark.parametrize(("outputs", "features"), [(1, 1), (7, 31), (17, 33), (65, 384)])
 @pytest.mark.parametrize("rows", [5, 40])
 def test_ragged_shapes(outputs, features, rows):
-    tensors = bank(1, 2, outputs, features)
+    tensors = random_bank(1, 2, outputs, features)
     run, _ = compiled(lambda x: ops.delta_linear(x, *tensors, None))
     x = torch.randn(features, rows).T  # not contiguous
     assert relative_error(run(x), reference.delta_linear(x, *tensors)) < 2e-6
@@ -110,7 +101,7 @@ def test_ragged_shapes(outputs, features, rows):
 
 @pytest.mark.parametrize("rows_per_entry", [1, 9])
 def test_rows_of_many_tenants_do_not_meet(rows_per_entry):
-    tensors = bank(3, 1, 70, 100, column=True, rank=2)
+    tensors = random_bank(3, 1, 70, 100, column=True, rank=2)
     tensors[1][1] = float("nan")  # an unused slot
     run, graphs = compiled(lambda x, tenant: ops.delta_linear(x, *tensors, tenant))
     x = torch.randn(6, rows_per_entry, 100)
@@ -125,8 +116,8 @@ def test_rows_of_many_tenants_do_not_meet(rows_per_entry):
 
 
 def test_a_row_index_that_does_not_fit_gives_a_defined_result():
-    tensors = bank(3, 1, 40, 64)
-    table = bank(3, 1, 50, 64)
+    tensors = random_bank(3, 1, 40, 64)
+    table = random_bank(3, 1, 50, 64)
 
     def layer(x, ids, tenant):
         looked_up = ops.delta_embedding(ids, *table, tenant, embedding_dim=64, dtype=torch.float32)
@@ -148,7 +139,7 @@ def test_a_row_index_that_does_not_fit_gives_a_defined_result():
 
 @pytest.mark.parametrize("batch", [0, 5])
 def test_no_rows_and_wider_scales(batch):
-    signs, row_scale, *_ = bank(1, 1, 40, 64)
+    signs, row_scale, *_ = random_bank(1, 1, 40, 64)
     run, _ = compiled(lambda x: ops.delta_linear(x, signs, row_scale.double(), None, None, None, None))
     x = torch.randn(batch, 64)
     assert run(x).shape == (batch, 40)
@@ -157,7 +148,7 @@ def test_no_rows_and_wider_scales(batch):
 
 @pytest.mark.parametrize("index", [False, True])
 def test_embedding(index):
-    table = bank(3 if index else 1, 2, 50, 100, column=True, rank=2)
+    table = random_bank(3 if index else 1, 2, 50, 100, column=True, rank=2)
     tenant = torch.tensor([2, -1, 0, 9], dtype=torch.int32) if index else None
 
     def lookup(ids):
@@ -170,7 +161,7 @@ def test_embedding(index):
 
 @pytest.mark.parametrize(("lanes", "dtype"), [(1, torch.float32), (256, torch.bfloat16)])
 def test_narrower_instruction_sets(lanes, dtype):
-    tensors = bank(1, 1, 70, 100)
+    tensors = random_bank(1, 1, 70, 100)
     run, _ = compiled(lambda x: torch.relu(ops.delta_linear(x, *tensors, None)), **{"cpp.simdlen": lanes})
     for rows in (3, 30):
         x = torch.randn(rows, 100).to(dtype)
@@ -178,7 +169,7 @@ def test_narrower_instruction_sets(lanes, dtype):
 
 
 def test_gradients_of_a_compiled_layer():
-    signs, row_scale, *_ = bank(1, 1, 40, 64)
+    signs, row_scale, *_ = random_bank(1, 1, 40, 64)
     x = torch.randn(5, 64, requires_grad=True)
     row_scale.requires_grad_()
 
@@ -192,7 +183,7 @@ def test_gradients_of_a_compiled_layer():
 
 
 def test_our_sources_are_part_of_the_cache_key(monkeypatch):
-    tensors = bank(1, 1, 33, 47)
+    tensors = random_bank(1, 1, 33, 47)
     x = torch.randn(4, 47)
 
     def hits():
@@ -227,7 +218,7 @@ def test_configured_passes_still_run_beside_ours(monkeypatch):
     seen = []
     monkeypatch.setattr(fusion, "fuse_base_and_delta", lambda graph: seen.append("ours"))
     theirs = {f"post_grad_custom_{name}_pass": lambda graph, name=name: seen.append(name) for name in ("pre", "post")}
-    tensors = bank(1, 1, 20, 32)
+    tensors = random_bank(1, 1, 20, 32)
     run, _ = compiled(lambda x: ops.delta_linear(x, *tensors, None), **theirs)
     run(torch.randn(2, 32))
     assert seen == ["pre", "ours", "post"]
@@ -253,7 +244,7 @@ def test_ours_follows_the_passes_it_is_put_beside_and_has_their_names():
 
 
 def test_an_op_that_no_device_has_a_kernel_for_is_the_two_it_stands_for():
-    tensors, weight = bank(1, 1, 20, 32), torch.randn(20, 32)
+    tensors, weight = random_bank(1, 1, 20, 32), torch.randn(20, 32)
     run, _ = compiled(lambda x: torch.relu(ops.base_delta_linear(x, weight, *tensors, None)))
     x = torch.randn(3, 2, 32)
     expected = torch.relu(x.double() @ weight.double().T + reference.delta_linear(x, *tensors))
@@ -270,7 +261,7 @@ def test_a_package_runs_without_this_package(tmp_path, monkeypatch):
         def __init__(self):
             super().__init__()
             self.base = nn.Linear(100, 40)
-            signs, row_scale, *_ = bank(1, 1, 40, 100)
+            signs, row_scale, *_ = random_bank(1, 1, 40, 100)
             self.register_buffer("signs", signs)
             self.register_buffer("row_scale", row_scale)
 
@@ -301,7 +292,7 @@ assert "bitdelta_compile" not in sys.modules
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_bf16_rows_are_rounded_unless_exactness_is_asked_for(exact):
-    tensors = bank(1, 1, 64, 512)
+    tensors = random_bank(1, 1, 64, 512)
     run, _ = compiled(lambda x: ops.delta_linear(x, *tensors, None, exact=exact))
     found, (code,) = run_and_get_code(run, x := torch.randn(4, 512).bfloat16())
     assert re.findall(r"delta_tile<bitdelta::(\w+)>\(delta", code) == ["ExactSums" if exact else "RoundedSums"]
@@ -309,7 +300,7 @@ def test_bf16_rows_are_rounded_unless_exactness_is_asked_for(exact):
 
 
 def test_other_dtypes_fall_back_to_the_eager_kernel():
-    tensors = bank(1, 1, 20, 32)
+    tensors = random_bank(1, 1, 20, 32)
     run, _ = compiled(lambda x: ops.delta_linear(x, *tensors, None) + 1)
     x = torch.randn(2, 32, dtype=torch.float64)
     assert relative_error(run(x), reference.delta_linear(x, *tensors) + 1) < 1e-12

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bitdelta_compile.kernels import layout, reference
+from bitdelta_compile.kernels import reference
+from bitdelta_compile.kernels.testing import random_bank
 from bitdelta_compile.lowering import inductor, ops
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
@@ -21,14 +22,8 @@ POPULARITY = {
 }
 
 
-def bank(outputs, features, *, planes=1, column=False, rank=0):
-    generator = torch.Generator().manual_seed(outputs * 1000 + features)
-    signs = layout.pack(torch.rand(SLOTS, planes, outputs, features, generator=generator) < 0.5)
-    row_scale = torch.rand(SLOTS, planes, outputs, generator=generator) + 0.1
-    col_scale = torch.rand(SLOTS, planes, features, generator=generator) + 0.5 if column else None
-    left = torch.randn(SLOTS, outputs, rank, generator=generator).bfloat16() if rank else None
-    right = torch.randn(SLOTS, rank, features, generator=generator).bfloat16() if rank else None
-    return [signs, row_scale, col_scale, left, right]
+def bank(outputs, features, **extras):
+    return list(random_bank(SLOTS, extras.pop("planes", 1), outputs, features, **extras))
 
 
 def compiled(function, **options):

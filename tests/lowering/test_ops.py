@@ -6,22 +6,11 @@ import itertools
 
 import pytest
 import torch
-from bitdelta_compile.kernels import layout, reference
+from bitdelta_compile.kernels import reference
+from bitdelta_compile.kernels.testing import random_bank
 from bitdelta_compile.lowering import eager, ops
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 1e-12}
-
-
-def bank(slots, planes, outputs, features, *, column=False, rank=0, dtype=torch.float32, seed=0):
-    """Random stacked tensors of one parameter: (signs, row_scale, col_scale, left, right)."""
-    generator = torch.Generator().manual_seed(seed)
-    signs = layout.pack(torch.rand(slots, planes, outputs, features, generator=generator) < 0.5)
-    row_scale = (torch.rand(slots, planes, outputs, generator=generator) + 0.1).to(dtype)
-    col_scale = (torch.rand(slots, planes, features, generator=generator) + 0.5).to(dtype) if column else None
-    low = torch.bfloat16 if dtype == torch.float32 else dtype
-    left = torch.randn(slots, outputs, rank, generator=generator).to(low) if rank else None
-    right = torch.randn(slots, rank, features, generator=generator).to(low) if rank else None
-    return signs, row_scale, col_scale, left, right
 
 
 def relative_error(found, expected):
@@ -35,7 +24,7 @@ CASES = list(
 
 @pytest.mark.parametrize(("dtype", "planes", "column", "rank", "index"), CASES)
 def test_linear_matches_reference_and_passes_opcheck(dtype, planes, column, rank, index):
-    tensors = bank(1 if index is None else 3, planes, 7, 45, column=column, rank=rank)
+    tensors = random_bank(1 if index is None else 3, planes, 7, 45, column=column, rank=rank)
     tenant = None if index is None else torch.tensor([2, -1], dtype=torch.int32)
     x = torch.randn(4, 3, 45, dtype=dtype)
     found = ops.delta_linear(x, *tensors, tenant)
@@ -46,7 +35,7 @@ def test_linear_matches_reference_and_passes_opcheck(dtype, planes, column, rank
 
 @pytest.mark.parametrize("index", [None, 2])
 def test_base_and_delta_in_one_op_are_the_two_apart(index):
-    signs, *scales = bank(1 if index is None else 3, 2, 7, 45, column=True, rank=2)
+    signs, *scales = random_bank(1 if index is None else 3, 2, 7, 45, column=True, rank=2)
     tenant = None if index is None else torch.tensor([2, -1], dtype=torch.int32)
     x, weight = torch.randn(4, 3, 45), torch.randn(7, 45)
     found = ops.base_delta_linear(x, weight, signs, *scales, tenant)
@@ -57,7 +46,7 @@ def test_base_and_delta_in_one_op_are_the_two_apart(index):
 
 @pytest.mark.parametrize(("dtype", "planes", "column", "rank", "index"), CASES)
 def test_embedding_matches_reference_and_passes_opcheck(dtype, planes, column, rank, index):
-    tensors = bank(1 if index is None else 3, planes, 11, 45, column=column, rank=rank)
+    tensors = random_bank(1 if index is None else 3, planes, 11, 45, column=column, rank=rank)
     tenant = None if index is None else torch.tensor([2, -1], dtype=torch.int32)
     ids = torch.randint(0, 11, (4, 3))
     found = ops.delta_embedding(ids, *tensors, tenant, embedding_dim=45, dtype=dtype)
@@ -71,7 +60,7 @@ def test_embedding_matches_reference_and_passes_opcheck(dtype, planes, column, r
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.parametrize("index", [None, 2])
 def test_linear_gradients(index):
-    signs, *scales = bank(1 if index is None else 2, 2, 5, 33, column=True, rank=2, dtype=torch.float64)
+    signs, *scales = random_bank(1 if index is None else 2, 2, 5, 33, column=True, rank=2, dtype=torch.float64)
     tenant = None if index is None else torch.tensor([1, -1], dtype=torch.int32)
     x = torch.randn(4, 33, dtype=torch.float64, requires_grad=True)
     for scale in scales:
@@ -83,7 +72,7 @@ def test_linear_gradients(index):
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.parametrize("index", [None, 2])
 def test_embedding_gradients(index):
-    signs, *scales = bank(1 if index is None else 2, 2, 6, 33, column=True, rank=2, dtype=torch.float64)
+    signs, *scales = random_bank(1 if index is None else 2, 2, 6, 33, column=True, rank=2, dtype=torch.float64)
     tenant = None if index is None else torch.tensor([1, -1], dtype=torch.int32)
     ids = torch.tensor([[0, 5], [5, 2]])
     for scale in scales:
@@ -99,7 +88,7 @@ def test_embedding_gradients(index):
 
 
 def test_rows_outside_the_slots_are_zero_and_poison_stays_out():
-    signs, row_scale, *_ = bank(3, 1, 9, 40)
+    signs, row_scale, *_ = random_bank(3, 1, 9, 40)
     row_scale[1] = float("nan")
     tenant = torch.tensor([0, -1, 7, 2], dtype=torch.int32)
     y = ops.delta_linear(torch.randn(4, 40), signs, row_scale, None, None, None, tenant)
@@ -110,7 +99,7 @@ def test_rows_outside_the_slots_are_zero_and_poison_stays_out():
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    tensors = bank(3, 1, 65, 100)
+    tensors = random_bank(3, 1, 65, 100)
     x = torch.randn(6, 100)
     alone = ops.delta_linear(x, *tensors, torch.tensor([1, -1, -1, -1, -1, -1], dtype=torch.int32))[0]
     mixed = ops.delta_linear(x, *tensors, torch.tensor([1, 0, 2, 0, 1, 2], dtype=torch.int32))[0]
@@ -119,13 +108,13 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 @pytest.mark.parametrize("shape", [(0, 40), (2, 0, 40)])
 def test_no_rows(shape):
-    signs, row_scale, *_ = bank(1, 1, 9, 40)
+    signs, row_scale, *_ = random_bank(1, 1, 9, 40)
     assert ops.delta_linear(torch.randn(shape), signs, row_scale, None, None, None, None).shape == (*shape[:-1], 9)
 
 
 def test_blocks_cover_a_large_matrix(monkeypatch):
     monkeypatch.setattr(eager, "BLOCK", 64)
-    tensors = bank(1, 2, 19, 45, column=True)
+    tensors = random_bank(1, 2, 19, 45, column=True)
     x = torch.randn(3, 45)
     assert relative_error(ops.delta_linear(x, *tensors, None), reference.delta_linear(x, *tensors)) < 2e-6
 
@@ -143,7 +132,7 @@ def test_blocks_cover_a_large_matrix(monkeypatch):
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change, message):
-    signs, row_scale, *_ = bank(1, 1, 9, 32)
+    signs, row_scale, *_ = random_bank(1, 1, 9, 32)
     given = {"x": torch.randn(2, 32), "signs": signs, "row_scale": row_scale, "col_scale": None, "left": None}
     given |= {"right": None, "tenant": None} | change
     with pytest.raises(ValueError, match=message):

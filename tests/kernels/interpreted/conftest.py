@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from bitdelta_compile.kernels import layout
+from bitdelta_compile.kernels.testing import Bank, random_bank
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["*"]
@@ -107,26 +107,17 @@ def _inline_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", _emulate)
 
 
-Bank = tuple[Any, ...]
-
-
 @pytest.fixture
 def bank() -> Callable[..., Bank]:
     """`bank(T, P, N, K)`: random stacked tensors of one parameter, canonical; slots in `poisoned` hold NaN."""
 
-    def make(slots: int, planes: int, outputs: int, features: int, **options: Any) -> Bank:
-        column, rank, poisoned = (options.get(name, 0) for name in ("column", "rank", "poisoned"))
-        generator = torch.Generator().manual_seed(slots + 10 * planes + 100 * outputs + features)
-        signs = layout.pack(torch.rand(slots, planes, outputs, features, generator=generator) < 0.5)
-        row = torch.rand(slots, planes, outputs, generator=generator) + 0.5
-        col = torch.rand(slots, planes, features, generator=generator) + 0.5 if column else None
-        left = torch.randn(slots, outputs, rank, generator=generator).bfloat16() if rank else None
-        right = torch.randn(slots, rank, features, generator=generator).bfloat16() if rank else None
-        for slot in poisoned or ():
-            for tensor in (row, col, left, right):
+    def make(*sizes: int, poisoned: Sequence[int] = (), **options: Any) -> Bank:
+        signs, *others = random_bank(*sizes, **options)
+        for slot in poisoned:
+            for tensor in others:
                 if tensor is not None:
                     tensor[slot] = float("nan")
-        return signs, row, col, left, right
+        return signs, *others
 
     return make
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 import pytest
 import torch
 from bitdelta_compile.kernels import configs, layout, reference
+from bitdelta_compile.kernels.testing import random_bank
 from bitdelta_compile.lowering import inductor, ops
 from bitdelta_compile.lowering.device_source import device_source
 from torch._inductor.select_algorithm import AlgorithmSelectorCache
@@ -26,15 +27,10 @@ HERE = Path(__file__).parent
 FRAGMENTS = layout.FRAGMENTS
 
 
-def bank(slots, planes, outputs, features, *, column=False, rank=0):
+def bank(slots, planes, outputs, features, **extras):
     """The stacked delta in the canonical layout and with its signs in the device's."""
-    generator = torch.Generator().manual_seed(outputs * 1000 + features)
-    signs = layout.pack(torch.rand(slots, planes, outputs, features, generator=generator) < 0.5)
-    row_scale = torch.rand(slots, planes, outputs, generator=generator) + 0.1
-    col_scale = torch.rand(slots, planes, features, generator=generator) + 0.5 if column else None
-    left = torch.randn(slots, outputs, rank, generator=generator).bfloat16() if rank else None
-    right = torch.randn(slots, rank, features, generator=generator).bfloat16() if rank else None
-    return (signs, row_scale, col_scale, left, right), layout.to_layout(signs, features, FRAGMENTS)
+    canonical = random_bank(slots, planes, outputs, features, **extras)
+    return canonical, layout.to_layout(canonical[0], features, FRAGMENTS)
 
 
 def index(*slots):
@@ -379,6 +375,7 @@ logging.getLogger("bitdelta_compile").addHandler(handler)
 logging.getLogger("bitdelta_compile").setLevel(logging.INFO)
 import torch, bitdelta_compile
 from bitdelta_compile.lowering import inductor
+from bitdelta_compile.kernels.testing import random_bank
 assert not inductor.triton_is_there()
 inductor._log_fallback("cuda", torch.bfloat16, "fragments_16x256")
 inductor._log_fallback("cuda", torch.bfloat16, "fragments_16x256")
