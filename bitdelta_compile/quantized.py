@@ -47,13 +47,24 @@ def values(tensor: Tensor) -> Tensor:
 
 
 class Values(Mapping[str, Tensor]):
-    """The values of tensors by name; of a quantized one they are made anew each time, so that none is kept."""
+    """The values of tensors by name. Those of a quantized one are made when it is asked for, which takes a product with
+    the identity for some, and are there until another one is asked for."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
+        self._made: tuple[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
-        return values(self._tensors[name])
+        stored = self._tensors[name]
+        if not is_quantized(stored):
+            return stored
+        if self._made is None or self._made[0] != name:
+            self._made = None  # let go of before another is made
+            self._made = name, values(stored)
+        return self._made[1]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from torch._dynamo.utils import counters
 from torch.testing._internal.two_tensor import TwoTensor
 
 import bitdelta_compile as bdc
+from bitdelta_compile import quantized
 from bitdelta_compile.checkpoint import open_checkpoint
 from bitdelta_compile.errors import BaseMismatchError, UnsupportedError
 from bitdelta_compile.fidelity import verify
-from bitdelta_compile.quantized import is_quantized, same, stored_bytes, values
+from bitdelta_compile.quantized import Values, is_quantized, same, stored_bytes, values
 
 Quantize = Callable[[nn.Module, str], nn.Module]
 
@@ -99,6 +101,23 @@ def test_weights_are_the_same_when_all_their_parts_are(base: nn.Module) -> None:
     assert same(middle, copy.deepcopy(middle))
     assert not same(middle, again)
     assert not same(middle, values(middle))
+
+
+def test_values_are_there_until_others_are_asked_for(base: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+    monkeypatch.setattr(quantized, "values", lambda tensor: made.append(tensor) or values(tensor))
+    held = Values({"middle": base.middle.weight, "again": base.again.weight, "table": base.table.weight})
+    assert ("middle" in held, "none" in held, len(held)) == (True, False, 3)
+    assert not made
+    first = held["middle"]
+    assert first.equal(values(base.middle.weight))
+    assert held["middle"] is first
+    assert held["table"] is base.table.weight
+    gone = weakref.ref(first)
+    del first
+    assert held["again"].equal(values(base.again.weight))
+    assert gone() is None
+    assert len(made) == 2
 
 
 def test_a_checkpoint_has_the_values_and_knows_what_is_tied(base: nn.Module) -> None:
