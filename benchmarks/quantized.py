@@ -76,8 +76,8 @@ def dense(model: nn.Module) -> nn.Module:
 
 
 def restored(delta: Delta, base: nn.Module) -> nn.Module:
-    """Base and delta as a dense model."""
-    model = dense(base)
+    """Base, a dense model, and delta as another."""
+    model = copy.deepcopy(base)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in delta.materialize(base, dtype=torch.float32):
@@ -149,14 +149,15 @@ def _ways(pair: _Pair) -> Iterator[Record]:
         start = time.perf_counter()
         delta = compress(base, pair.tuned, pair.calibration)
         seconds = time.perf_counter() - start
-        tuned = restored(delta, base)
+        plain = dense(base)
+        tuned = restored(delta, plain)
         check_served(delta, base, tuned, pair.batches[0])
         yield {
             "way": f"{form} base + deltas",
             "shared": served_bytes(base),
             "each": delta.nbytes,
             "recovered": pair.recovered(tuned),
-            "base_recovered": pair.recovered(dense(base)),  # by the base alone: what quantizing it does
+            "base_recovered": pair.recovered(plain),  # by the base alone: what quantizing it does
             "seconds": seconds,
         }
     for form in FORMS:

@@ -16,11 +16,13 @@ class Change:
     """How a tuned tensor differs from its base.
 
     Attributes:
+        shape: of the base's tensor.
         equal: same shape, and the base in the tuned dtype has the same values.
         rows, columns: indices, int64, of the rows and columns that differ within what both have; empty unless both
             are matrices.
     """
 
+    shape: tuple[int, ...]
     equal: bool
     rows: Tensor
     columns: Tensor
@@ -48,18 +50,19 @@ def check_finite(name: str, tensor: Tensor, owner: str) -> None:
 def compare(base: Tensor, tuned: Tensor) -> Change:
     """Block by block, so that two mapped tensors are never copied."""
     none = torch.zeros(0, dtype=torch.int64)
-    base, tuned = base.detach(), tuned.detach()
+    base, tuned, shape = base.detach(), tuned.detach(), tuple(base.shape)
     if base.dim() != tuned.dim() or (base.dim() != 2 and base.shape != tuned.shape):
-        return Change(False, none, none)
+        return Change(shape, False, none, none)
     if base.dim() != 2:
-        return Change(bool((base.to(tuned.device, tuned.dtype) == tuned).all()), none, none)
+        return Change(shape, bool((base.to(tuned.device, tuned.dtype) == tuned).all()), none, none)
     height, width = (min(a, b) for a, b in zip(base.shape, tuned.shape, strict=True))
     rows = torch.zeros(height, dtype=torch.bool)
     columns = torch.zeros(width, dtype=torch.bool, device=tuned.device)
-    equal_shape = base.shape == tuned.shape
+    equal_shape = shape == tuple(tuned.shape)
     base, tuned = base[:height, :width], tuned[:height, :width]
     for block in row_blocks(tuned):
         differs = base[block].to(tuned.device, tuned.dtype) != tuned[block]
         rows[block] = differs.any(-1).cpu()
         columns |= differs.any(0)
-    return Change(equal_shape and not bool(rows.any()), rows.nonzero().flatten(), columns.cpu().nonzero().flatten())
+    equal = equal_shape and not bool(rows.any())
+    return Change(shape, equal, rows.nonzero().flatten(), columns.cpu().nonzero().flatten())

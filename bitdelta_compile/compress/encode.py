@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ class _Matrices:
 
     def _grown(self, name: str) -> Tensor:
         """Rows that only the tuned matrix has, int64."""
-        ours, theirs = (t[name].shape[1 if self.transposed(name) else 0] for t in (self.base, self.tuned))
+        side = 1 if self.transposed(name) else 0
+        ours, theirs = self.changes[name].shape[side], self.tuned[name].shape[side]
         return torch.arange(ours, max(ours, theirs))
 
     def _row_bytes(self, name: str) -> int:
@@ -96,19 +98,19 @@ class _Matrices:
 
     def _unfitted(self, name: str) -> tuple[Encoding, dict[str, Any]] | None:
         """The encoding of a matrix that sign planes are not for; None where they are."""
-        base, tuned, change, transposed = self.base[name], self.tuned[name], self.changes[name], self.transposed(name)
+        tuned, change, transposed = self.tuned[name], self.changes[name], self.transposed(name)
         given = self.settings.allocation.get(name)
         if given is not None and given.encoding == "dense":
             return self._dense(name, "asked for")
-        if given is not None and given.encoding == "same" and base.shape == tuned.shape:
+        if given is not None and given.encoding == "same" and change.shape == tuned.shape:
             return Same(tuple(tuned.shape), tuned.dtype), {"why": "asked for"}
         side = 0 if transposed else 1
-        if base.shape[side] != tuned.shape[side]:
-            return self._dense(name, f"the base has shape {list(base.shape)}")
+        if change.shape[side] != tuned.shape[side]:
+            return self._dense(name, f"the base has shape {list(change.shape)}")
         grown = self._grown(name)
         listed = torch.cat([change.columns if transposed else change.rows, grown])
         rows_bytes = listed.numel() * self._row_bytes(name)
-        planes_bytes = self.settings.sign_bytes(base.shape[1 - side], self.features(name), name)
+        planes_bytes = self.settings.sign_bytes(change.shape[1 - side], self.features(name), name)
         if rows_bytes < min(tuned.nbytes, planes_bytes + grown.numel() * self._row_bytes(name)):
             return _rows(tuned, listed, None, transposed), {"rows": listed.numel()}
         return None
@@ -169,7 +171,7 @@ class _Matrices:
         bias = at.bias if at.bias is not None and self._free(at.bias) else None
         uses = None
         if at.looked_up:
-            height = self.base[name].shape[0]
+            height = self.changes[name].shape[0]
             uses = torch.bincount(at.ids(), minlength=height)[:height]
         if self.work is not None and name in self.work:
             self._metric = None if at.fresh else self._metric
@@ -270,9 +272,9 @@ def encode(
         for name, change in changes.items()
         if not change.equal
         and tuned[name].is_floating_point()
-        and tuned[name].dim() == base[name].dim() == 2
+        and tuned[name].dim() == len(change.shape) == 2
         and tuned[name].numel() >= settings.min_elements
-        and base[name].numel() > 0
+        and prod(change.shape) > 0
     }
     matrices = _Matrices(base, tuned, changes, settings, copy, work, device)
     values = TunedValues(tuned, device)
