@@ -149,7 +149,7 @@ def compress(
     from .compress.distill import distill as train
     from .fidelity import read_texts
 
-    _refuse_existing(output, force)
+    _check_output(output, force)
     if distill and (bits is not None or max_bytes is not None):
         raise UnsupportedError("--distill writes of itself into the file, past what a budget allows: give one of them")
     texts = read_texts(text) if text else None
@@ -259,7 +259,7 @@ def import_bitdelta(
     """Convert a delta made by the BitDelta paper's own code."""
     from .importer import import_bitdelta as run
 
-    _refuse_existing(output, force)
+    _check_output(output, force)
     start = time.perf_counter()
     with _progress() as report:
         delta = run(diff, base, progress=report)
@@ -284,7 +284,7 @@ def export(
     from .programs.package import read_metadata
     from .programs.textmodel import export_checkpoint
 
-    _refuse_existing(output, force)
+    _check_output(output, force)
     deltas = {name: _load(file) for name, file in _named(tenants).items()}
     _quiet_transformers()
     start = time.perf_counter()
@@ -447,6 +447,8 @@ def _show_written(delta: Delta, output: Path, seconds: float, as_json: bool) -> 
     _out(f"wrote {output}: {render.size(written)}, the fine-tune is {factor:.1f} times as large; {seconds:.1f} s")
 
 
-def _refuse_existing(output: Path, force: bool) -> None:
+def _check_output(output: Path, force: bool) -> None:
     if output.exists() and not force:
         raise UnsupportedError(f"{output} exists: give another name, or --force to replace it")
+    if not output.absolute().parent.is_dir():
+        raise UnsupportedError(f"{output.parent} is no folder: make it first, or give another place for {output.name}")

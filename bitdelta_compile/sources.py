@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import quantized, released
 from .checkpoint import match_names
-from .compress.encode import encode, matrices_all_dense
+from .compress.encode import encode, unrelated
 from .compress.settings import Settings
 from .compress.streams import Run
 from .delta import Delta
@@ -190,16 +190,15 @@ class BaseSource:
         with torch.inference_mode(False):
             base = {name: theirs[name].detach() for name in tuned}
             runs = graph_runs(gm, example_inputs, inputs)
-            encodings, _ = encode(quantized.Values(base), tuned, runs, self.settings)
-            self._check_related(encodings, theirs)
+            encodings, report = encode(quantized.Values(base), tuned, runs, self.settings)
+            self._check_related(unrelated(encodings, report, self.settings), theirs)
             for node, name in new.items():
                 here = self._in_tuned_dtype(name, base[name], tuned[name])
                 bound = Parameter(name, _placed(encodings[name], tuned[name]), here)
                 self._encoded[inputs[node]] = _Encoded(state_of(inputs[node]), bound)
 
-    def _check_related(self, encodings: Mapping[str, Encoding], theirs: Mapping[str, Tensor]) -> None:
+    def _check_related(self, matrices: Sequence[str], theirs: Mapping[str, Tensor]) -> None:
         """Matrices that all have to be stored outright: a new head, or no fine-tune of this base at all."""
-        matrices = matrices_all_dense(encodings, self.settings)
         if not matrices:
             return
         message = (

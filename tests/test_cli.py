@@ -90,6 +90,8 @@ def test_compress_replaces_a_file_only_when_forced(bert_pair, tmp_path: Path) ->
     file = tmp_path / "x.bitdelta.safetensors"
     file.write_text("precious")
     assert "--force" in refuse("compress", bert_pair.base, bert_pair.tuned, "-o", file)
+    nowhere = file.parent / "none" / "delta"
+    assert "no folder" in refuse("compress", bert_pair.base, bert_pair.tuned, "-o", nowhere)
     assert file.read_text() == "precious"
     succeed("compress", bert_pair.base, bert_pair.tuned, "-o", file, "--method", "mean_abs", "--force")
     Delta.load(file)

@@ -21,10 +21,10 @@ from ..progress import Progress
 from .budget import limit, within
 from .calibrate import check_amount
 from .configs import check_buffers, check_configs
-from .encode import check_values, encode, matrices_all_dense
+from .encode import check_values, encode, unrelated
 from .settings import FIT, RECIPES, Allocation, Method, Quality, Settings
 from .workdir import WorkDir
-from .workload import Workload, prepare
+from .workload import Workload, digest_of, prepare
 
 __all__ = ["RECIPES", "Allocation", "Settings", "compress", "encode"]
 
@@ -76,7 +76,8 @@ def compress(
             gives the same file.
         device: where the models compute and matrices are fitted, by default where the tuned model is. Weights are put
             there one at a time, from wherever they are: models may be larger than its memory.
-        progress: called with (stage, done, total), the stages being `sample` (tokens) and `fit` (matrices).
+        progress: called with (stage, done, total), the stages being `sample` (tokens) and `fit` (matrices); with a
+            budget also `offer` (sizes that matrices may have) and `measure` (matrices).
 
     Returns:
         The delta; `report["parameters"][name]["error"]` is the relative error of that matrix's part of the output.
@@ -163,7 +164,8 @@ def compress(
         if room is not None:
             return within(room, make, before, after, workload, settings, keep, progress)
         delta = make(settings, keep)
-    if dense := matrices_all_dense(delta.encodings, settings):
+    figures: Any = delta.report["parameters"]
+    if dense := unrelated(delta.encodings, figures, settings):
         raise BaseMismatchError(
             f"none of the {len(dense)} matrices of {theirs.source} is near that of {ours.source}: "
             "it is no fine-tune of this base; give the model that was fine-tuned"
@@ -235,9 +237,12 @@ def _task(
 ) -> dict[str, object]:
     """What a work folder is for: equal for calls that give the same file."""
     allocation = {name: dataclasses.astuple(given) for name, given in sorted(settings.allocation.items())}
+    dtypes = [{name: str(each.dtype(name)) for name in each.names()} for each in (ours, theirs)]
     return {
         "base": Fingerprint.of(ours).digest,
         "tuned": Fingerprint.of(theirs).digest,
+        "dtypes": digest_of(dtypes),
+        "device": workload.place.type,
         "calibration": workload.digest,
         "options": dict(options),
         "allocation": json.loads(json.dumps(allocation)),

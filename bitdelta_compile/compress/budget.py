@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ..delta import Delta
 from ..encodings import Same
-from ..errors import UnsupportedError
+from ..errors import CalibrationError, UnsupportedError
 from ..progress import Progress
 from .encode import encode
 from .settings import Allocation, Settings
@@ -61,13 +62,13 @@ def limit(bits: float | None, max_bytes: int | None, shapes: Mapping[str, Sequen
         bits: of the file per weight of the tuned model.  shapes: of its parameters.
 
     Raises:
-        UnsupportedError: both are given, or one is not above 0.
+        UnsupportedError: both are given, or one is no number above 0.
     """
     if bits is not None and max_bytes is not None:
         raise UnsupportedError("bits and max_bytes are two ways to say one thing: give one of them")
     for name, value in (("bits", bits), ("max_bytes", max_bytes)):
-        if value is not None and not value > 0:
-            raise UnsupportedError(f"{name} must be above 0, got {value!r}")
+        if value is not None and not 0 < value < math.inf:
+            raise UnsupportedError(f"{name} must be a number above 0, got {value!r}")
     if bits is not None:
         return int(bits * sum(prod(shape) for shape in shapes.values()) / 8)
     return max_bytes
@@ -123,28 +124,38 @@ def sensitivities(
     names: Sequence[str],
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """How far the outputs of the first run move when one matrix's delta is dropped from the tuned model."""
-    run = workload.runs[0]
+    """How far the outputs of the first run move when one matrix's delta is dropped from the tuned model.
 
-    def outputs(values: FittedValues) -> Tensor:
+    Raises:
+        CalibrationError: every token is masked.
+    """
+    run = next((run for run in workload.runs if run.mask is None or bool(run.mask.any())), None)
+    if run is None:
+        raise CalibrationError("every token of the calibration batches is masked: give some that count")
+    kind = getattr(getattr(workload.model, "config", None), "problem_type", None)
+
+    def outputs(values: FittedValues) -> tuple[Tensor, bool]:
         with Substitution(workload.handles, lambda use: None, values):
-            return _rows(run.call(), run)
+            found, logits = _rows(run.call(), run)
+        odds = logits and found.shape[-1] > 1 and kind not in ("regression", "multi_label_classification")
+        return found.log_softmax(-1) if odds else found, odds
 
-    expected = outputs(FittedValues(base, tuned, workload.device))
+    expected, odds = outputs(FittedValues(base, tuned, workload.device))
+    apart = _divergence if odds else _distance
     found: dict[str, float] = {}
     for done, name in enumerate(names):
         if progress is not None:
             progress("measure", done, len(names))
         without = FittedValues(base, tuned, workload.device)
         without.encodings = {name: Same(tuple(tuned[name].shape), tuned[name].dtype)}
-        found[name] = _moved(expected, outputs(without))
+        found[name] = apart(expected, outputs(without)[0])
     if progress is not None:
         progress("measure", len(names), len(names))
     return found
 
 
-def _rows(output: Any, run: Run) -> Tensor:
-    """Log probabilities or hidden states of the tokens that count, fp32 [*, V] or [*, H]."""
+def _rows(output: Any, run: Run) -> tuple[Tensor, bool]:
+    """Logits or hidden states of the tokens that count, fp32 [*, V] or [*, H], and whether they are logits."""
     logits = getattr(output, "logits", None)
     found = logits if isinstance(logits, Tensor) else getattr(output, "last_hidden_state", output)
     if not isinstance(found, Tensor):
@@ -155,16 +166,19 @@ def _rows(output: Any, run: Run) -> Tensor:
     found = found.float()
     if run.mask is not None and run.mask.shape == found.shape[:2]:
         found = found[run.mask]
-    return found.log_softmax(-1) if logits is not None else found
+    return found, logits is not None
 
 
-def _moved(expected: Tensor, found: Tensor) -> float:
-    """KL per row of log probabilities, else the relative squared distance."""
-    if bool((expected <= 0).all()):
-        return max(
-            0.0, float((expected.exp() * (expected - found)).sum(dtype=torch.float64)) / expected[..., 0].numel()
-        )
-    return float((expected - found).square().sum(dtype=torch.float64) / expected.square().sum(dtype=torch.float64))
+def _divergence(expected: Tensor, found: Tensor) -> float:
+    """KL per row, of log probabilities."""
+    total = float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
+    return max(0.0, total / expected[..., 0].numel())
+
+
+def _distance(expected: Tensor, found: Tensor) -> float:
+    """Relative and squared."""
+    apart, size = (float(each.square().sum(dtype=torch.float64)) for each in (expected - found, expected))
+    return apart / max(size, torch.finfo(torch.float32).tiny)
 
 
 def offers(
@@ -183,7 +197,14 @@ def offers(
             progress("offer", done, len(SIZES))
         sized = dataclasses.replace(fast, planes=planes, rank=rank)
         encodings, report = encode(
-            base, tuned, workload.runs, sized, handles=workload.handles, copy=False, checked=True
+            base,
+            tuned,
+            workload.runs,
+            sized,
+            handles=workload.handles,
+            device=workload.device,
+            copy=False,
+            checked=True,
         )
         if not found:
             damages = _damages(base, tuned, workload, report, progress)
@@ -211,7 +232,7 @@ def _damages(
     progress: Progress | None,
 ) -> dict[str, float]:
     """What dropping each matrix's delta does: measured, or without anything to run its own squared output."""
-    if workload.runs:
+    if workload.runs and workload.place.type != "meta":
         return sensitivities(base, tuned, workload, list(report), progress)
     return {name: float(figures.get("energy", 1e30)) for name, figures in report.items()}
 

@@ -51,7 +51,8 @@ class _Matrices:
         self.pending: set[str] = set()
         self.usage: dict[str, Usage] = {}
         self.vectors: dict[str, Tensor] = {}
-        self._others: dict[str, int] = {}
+        self._others: Mapping[str, int] = {}
+        self._bias_of: dict[str, str] = {}  # by matrix, the vector that was changed with it
         self._metric: Metric | None = None
 
     def transposed(self, name: str) -> bool:
@@ -85,6 +86,7 @@ class _Matrices:
     def refuse(self, use: Use) -> None:
         """A use that no earlier run had shown."""
         if use.name in self.pending or use.name in self.encodings:
+            self.vectors.pop(self._bias_of.pop(use.name, ""), None)
             self._settle(use.name, *self._dense(use.name, f"used by {use.op}"))
 
     def _grown(self, name: str) -> Tensor:
@@ -143,6 +145,7 @@ class _Matrices:
         if bias is not None and done.lacking is not None and self.encodings[name] is done.sign:
             tuned = self.tuned[bias].detach()
             self.vectors[bias] = (tuned.float() + done.lacking.to(tuned.device)).to(tuned.dtype)
+            self._bias_of[name] = bias
 
     def _may_be_far(self, name: str) -> bool:
         """Whether more than planes is for us to give."""
@@ -151,9 +154,9 @@ class _Matrices:
     def _judge(self, name: str, done: Fitted, uses: Tensor | None) -> tuple[Encoding, dict[str, Any]]:
         tuned, settings, grown = self.tuned[name], self.settings, self._grown(name)
         if done.weight_error > settings.max_error:
-            return self._dense(
-                name, f"planes leave {done.weight_error:.3g} of its norm, more than {settings.max_error:g}"
-            )
+            figure = f"{done.weight_error:.3g}"
+            encoding, why = self._dense(name, f"planes leave {figure} of its norm, more than {settings.max_error:g}")
+            return encoding, why | {"weight_error": float(figure)}
         often = grown[:0] if uses is None else tables.most_used(self._matrix(name), done.sign, uses)
         listed = torch.cat([often, grown])
         if done.sign.nbytes + listed.numel() * self._row_bytes(name) >= tuned.nbytes:
@@ -257,7 +260,8 @@ def encode(
     Returns:
         Encodings by name, and the report: per sign-encoded matrix `error` (relative error of the delta's output on
         the calibration data, or of the delta itself where there was none), `weight_error` (of the tuned matrix's
-        norm) and `energy` (the squared output of the whole delta, per token); per dense matrix `why`.
+        norm) and `energy` (the squared output of the whole delta, per token); per dense matrix `why`, and
+        `weight_error` where that is the reason.
 
     Raises:
         BitDeltaError: a parameter holds NaN or infinite values.  CalibrationError: a layer's inputs do.
@@ -278,7 +282,7 @@ def encode(
     }
     matrices = _Matrices(base, tuned, changes, settings, copy, work, device)
     values = TunedValues(tuned, device)
-    seen = survey(runs[0], handles, candidates, values) if runs and candidates else None
+    seen = survey(runs, handles, candidates, values) if runs and candidates else None
     matrices.prepare(candidates, seen)
 
     def report(done: int) -> None:
@@ -328,14 +332,17 @@ def _fit_to_inputs(
         report(len(matrices.encodings))
 
 
-def matrices_all_dense(encodings: Mapping[str, Encoding], settings: Settings) -> list[str]:
-    """The matrices that are not tiny, if every one of them had to be stored outright; else none.
+def unrelated(encodings: Mapping[str, Encoding], report: Mapping[str, Any], settings: Settings) -> list[str]:
+    """The matrices that are not tiny, if each had to be stored outright and planes were too far off for some: the
+    model is then no fine-tune of this base. Else none.
 
-    All of them outright, where there are several, means that the model is no fine-tune of this base.
+    Args:
+        report: what `encode` gave beside the encodings.
     """
-    matrices = {
-        name: encoding
+    found = [
+        name
         for name, encoding in encodings.items()
         if len(encoding.shape) == 2 and encoding.shape[0] * encoding.shape[1] >= settings.min_elements
-    }
-    return list(matrices) if all(encoding.kind == "dense" for encoding in matrices.values()) else []
+    ]
+    far = any("weight_error" in report.get(name, {}) for name in found)
+    return found if far and all(encodings[name].kind == "dense" for name in found) else []

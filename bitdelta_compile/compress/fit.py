@@ -7,6 +7,7 @@ are independent given H, so everything here goes over blocks of rows and the del
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import torch
@@ -106,7 +107,7 @@ class Fitted:
     Attributes:
         sign: the encoding.
         error: of the delta's output: |X (d - found)^T| over |X d^T|; of the delta itself where there was no metric.
-        weight_error: |d - found| over |tuned|.
+        weight_error: |d - found| over |tuned|, infinite where the tuned matrix is zero.
         energy: d H d, per token: the squared output of the delta.
         lacking: fp32 [N], what the mean output lacks of the tuned model's, where the metric leaves that to a bias.
     """
@@ -326,7 +327,9 @@ def fit(
         None if right is None else right.bfloat16().cpu(),
         matrix.transposed,
     )
-    return Fitted(sign, _ratio(lost, energy), _ratio(apart, matrix.tuned_energy()), energy, lacking)
+    of_tuned = matrix.tuned_energy()
+    weight_error = math.inf if apart > 0 and not of_tuned > 0 else _ratio(apart, of_tuned)
+    return Fitted(sign, _ratio(lost, energy), weight_error, energy, lacking)
 
 
 def _cost(rest: Tensor, metric: Metric | None) -> float:

@@ -14,6 +14,7 @@ BLOCK_TOKENS = 2048
 # H + DAMPING * mean(diag H) * I: directions that calibration never showed still count a little. That mean is taken with
 # the mean input in it, also where a bias makes up for the mean input.
 DAMPING = 0.01
+SMALLEST = 1e-30  # of the mean square of inputs: less is nothing
 
 
 class Moments:
@@ -93,7 +94,7 @@ class Metric:
 
 
 def measure(moments: Moments, *, factor: bool, extra: float = 0.0, centered: bool = False) -> Metric | None:
-    """The metric of these inputs, which it uses up; None where there were none, or only zeros.
+    """The metric of these inputs, which it uses up; None where there were none, or next to nothing but zeros.
 
     Args:
         factor: find `upper`, and `shift` where the moments have the drift for it.
@@ -103,7 +104,7 @@ def measure(moments: Moments, *, factor: bool, extra: float = 0.0, centered: boo
     """
     tokens = max(1, moments.tokens)
     level = float(moments.gram.diagonal().mean()) / tokens if moments.gram.numel() else 0.0
-    if not level > 0:
+    if not level > SMALLEST:
         return None
     mean, offset = moments.center() if centered else (None, None)
     h = moments.gram.div_(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ def sample(
     starts = [start for start in starts if len(start) < longest] or [starts[0][:1]]
     length = max(1, min(LENGTH, longest - max(map(len, starts)), tokens))
     height = -(-tokens // (length * len(starts)))
+    accepted = inspect.signature(model.forward).parameters
+    caches = {"past_key_values", "use_cache"} <= accepted.keys()
     found = []
     for place, start in enumerate(starts):
         ids = torch.tensor([list(start)] * height, device=device)
@@ -61,8 +64,11 @@ def sample(
         for step in range(length - 1):
             if progress is not None:
                 progress("sample", (place * length + step) * height, length * height * len(starts))
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            if caches:
+                output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+            else:  # it keeps its state in another way, or none: read again what there is
+                output = model(input_ids=torch.cat(written, -1))
             logits = output.logits[:, -1].float().cpu()
             if not bool(torch.isfinite(logits).all()):
                 raise CalibrationError("the tuned model gives NaN or infinite logits: give calibration data")

@@ -19,6 +19,8 @@ from .survey import Survey
 from .uses import Use
 from .weights import FittedValues, TunedValues
 
+LARGEST = 1e15  # of an input: sums of squares of larger ones may leave fp32
+
 
 class Arrival:
     """All streams before one matrix.
@@ -40,12 +42,11 @@ class Arrival:
         """Every id looked up, without those of tokens that the batch masks, int64."""
         found = [torch.empty(0, dtype=torch.int64)]
         for _, stream in self._pairs:
-            if stream.use is not None and stream.use.kind == "embedding" and stream.use.operand is not None:
-                ids, mask = stream.use.operand, stream.run.mask
-                found.append(
-                    (ids[mask] if mask is not None and mask.shape == ids.shape else ids).flatten().long().cpu()
-                )
-        return torch.cat(found)
+            ids = stream.use.operand if stream.use is not None and stream.use.kind == "embedding" else None
+            if ids is not None and not ids.is_meta:
+                mask = stream.run.mask
+                found.append((ids[mask] if mask is not None and mask.shape == ids.shape else ids).flatten().cpu())
+        return torch.cat(found).long()
 
     def moments(self, features: int) -> Moments:
         """Of the compressed model's inputs, and of the tuned model's beside them.
@@ -74,20 +75,21 @@ def flat_inputs(use: Use, run: Run, features: int) -> Tensor | None:
     """The inputs [t, K] of a product, without those of tokens that the batch masks; None of a lookup.
 
     Raises:
-        CalibrationError: they hold NaN or infinite values.
+        CalibrationError: they hold NaN or infinite values, or such as have no square in fp32.
     """
     x = use.operand
     if x is None or use.kind != "linear" or x.is_meta:
         return None
     x = x.detach()
-    mask = run.mask
-    x = x[mask] if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape else x.reshape(-1, features)
-    if not bool(torch.isfinite(x).all()):
+    rows, mask = x.reshape(-1, features), run.mask
+    if mask is not None and mask.numel() == rows.shape[0] and (x.dim() == 2 or x.shape[:2] == mask.shape):
+        rows = rows[mask.flatten()]
+    if not bool((rows.abs() < LARGEST).all()):
         raise CalibrationError(
-            f"{use.name}: the inputs it meets on the calibration data hold NaN or infinite values; "
-            "run the tuned model in fp32 or bf16, or give other calibration data"
+            f"{use.name}: the inputs it meets on the calibration data hold NaN, infinite or enormous values "
+            f"({LARGEST:g} or more); run the tuned model in fp32 or bf16, or give other calibration data"
         )
-    return x
+    return rows
 
 
 def collect(
@@ -176,9 +178,11 @@ def arrivals(
             yield Arrival(first.name, there, not same)
     finally:
         for stream in streams:
+            stream.dismiss()  # all, even where waiting for them is interrupted
+        for stream in streams:
             stream.end()
 
 
 def _version(use: Use) -> tuple[Tensor | None, int]:
     """Equal for two uses of one input that was not written to in between."""
-    return use.operand, 0 if use.operand is None else use.operand._version
+    return use.operand, 0 if use.operand is None or use.operand.is_inference() else use.operand._version

@@ -65,8 +65,8 @@ class Values(Protocol):
     def vector(self, name: str) -> Tensor | None:
         """A bias, fp32 [N]; None: the parameter itself."""
 
-    def forget(self) -> None:
-        """Let go of converted copies."""
+    def forget(self, name: str | None = None) -> None:
+        """Let go of a converted copy, or of all."""
 
 
 class Ended(BaseException):
@@ -76,16 +76,21 @@ class Ended(BaseException):
 class Substitution(UseRecorder):
     """Reports uses, and computes with `values` in the place of parameters.
 
+    A copy that `values` converts is let go when the operation that uses it is over.
+
     Args:
-        shared: other runs will want the copies that `values` converts, and the caller lets go of them; else they are
-            gone when the operation is.
+        keeps: whether other runs will want the copy of the parameter of this name; the caller then lets go of it.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], on_use: Callable[[Use], None], values: Values, shared: bool = False
+        self,
+        parameters: Mapping[str, Tensor],
+        on_use: Callable[[Use], None],
+        values: Values,
+        keeps: Callable[[str], bool] = lambda name: False,
     ) -> None:
         super().__init__(parameters, on_use)
-        self._values, self._shared = values, shared
+        self._values, self._keeps = values, keeps
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -100,8 +105,9 @@ class Substitution(UseRecorder):
         try:
             return self._call(func, args, kwargs, uses)
         finally:
-            if not self._shared:
-                self._values.forget()
+            for use in uses:
+                if not self._keeps(use.name):
+                    self._values.forget(use.name)
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], uses: Sequence[Use]) -> Any:
         name = getattr(func, "__name__", "")
@@ -165,7 +171,8 @@ class Stream:
         self.run = run
         self.use: Use | None = None
         self._stops, self._ending = stops, False
-        self._mode = Substitution(parameters, self._before, values, shared=True)
+        self._stood_before: set[str] = set()  # the other streams stand there too, and use it next
+        self._mode = Substitution(parameters, self._before, values, self._stood_before.__contains__)
         self._failure: BaseException | None = None
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._body, daemon=True)
@@ -186,12 +193,17 @@ class Stream:
         if self._failure is not None:
             raise self._failure
 
-    def end(self) -> None:
-        """Unwind the thread; what it holds is let go."""
+    def dismiss(self) -> None:
+        """Have the thread unwind by itself; what it holds is let go."""
         self.use = None
-        if self._started and self._thread.is_alive():
+        if self._started and not self._ending:
             self._ending = True
             self._go.release()
+
+    def end(self) -> None:
+        """`dismiss`, and wait until it has."""
+        self.dismiss()
+        if self._started:
             self._thread.join()
 
     def _body(self) -> None:
@@ -211,6 +223,7 @@ class Stream:
         if not self._stops(use):
             return
         self.use = use
+        self._stood_before.add(use.name)
         self._back.release()
         self._go.acquire()
         if self._ending:

@@ -1,10 +1,10 @@
-"""One look at a run of the model: which matrices it uses, how, and how often."""
+"""A look at what the model runs: which matrices it uses, how, and how often."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ class Survey:
     """How a model uses its matrices.
 
     Attributes:
-        usage: by name; matrices that the run did not reach are missing.
-        last: the matrix used last, None where there was none.
+        usage: by name, as in the first run that reached the matrix; those that none did are missing.
+        last: the matrix that the first run used last, None where there was none.
         others: how many operations used a parameter in another way, by its name; adding a bias is one.
     """
 
@@ -54,8 +54,24 @@ class Survey:
     others: Mapping[str, int]
 
 
-def survey(run: Run, handles: Mapping[str, Tensor], names: set[str], values: Values) -> Survey:
-    """Run the model once and watch its uses of `names`."""
+def survey(runs: Sequence[Run], handles: Mapping[str, Tensor], names: set[str], values: Values) -> Survey:
+    """Watch the uses of `names` in the first run, and in as many more as it takes to have seen each of them."""
+    usage: dict[str, Usage] = {}
+    others: Counter[str] = Counter()
+    last: str | None = None
+    for run in runs:
+        found = _look(run, handles, names, values)
+        last = found.last if last is None else last
+        others |= Counter(found.others)  # the most that a run has
+        for name, seen in found.usage.items():
+            if usage.setdefault(name, seen).refused is None:
+                usage[name].refused = seen.refused
+        if names <= usage.keys():
+            break
+    return Survey(usage, last, others)
+
+
+def _look(run: Run, handles: Mapping[str, Tensor], names: set[str], values: Values) -> Survey:
     usage: dict[str, Usage] = {}
     order: list[str] = []
     others: Counter[str] = Counter()

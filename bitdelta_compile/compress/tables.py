@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def moved(matrix: DeltaMatrix) -> float:
     """|d| over the norm of the tuned matrix."""
     energy = matrix.tuned_energy()
     found = sum(float(block.square().sum(dtype=torch.float64)) for _, block in matrix.blocks())
-    return (found / energy) ** 0.5 if energy > 0 else 0.0
+    return (found / energy) ** 0.5 if energy > 0 else math.inf if found > 0 else 0.0
 
 
 def most_used(matrix: DeltaMatrix, sign: Sign, uses: Tensor) -> Tensor:

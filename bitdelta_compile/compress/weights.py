@@ -23,10 +23,10 @@ class TunedValues:
 
     def matrix(self, name: str) -> Tensor | None:
         stored = self._tuned.get(name)
-        if stored is None or stored.is_meta or (stored.dtype == torch.float32 and not self._away(stored)):
+        if stored is None or stored.is_meta or (stored.dtype == wide(stored.dtype) and not self._away(stored)):
             return None
         if name not in self._wide:
-            self._wide[name] = stored.detach().to(self.device or stored.device).float()
+            self._wide[name] = stored.detach().to(self.device or stored.device).to(wide(stored.dtype))
         return self._wide[name]
 
     def _away(self, stored: Tensor) -> bool:
@@ -36,14 +36,14 @@ class TunedValues:
         stored = self._tuned.get(name)
         if stored is None or stored.is_meta or not self._away(stored):
             return None
-        return stored.detach()[ids.to(stored.device)].to(self.device).float()
+        return stored.detach()[ids.to(stored.device)].to(self.device).to(wide(stored.dtype))
 
     def vector(self, name: str) -> Tensor | None:
         return None
 
-    def forget(self) -> None:
-        """Let go of converted copies: the streams have moved on."""
-        self._wide.clear()
+    def forget(self, name: str | None = None) -> None:
+        """Let go of a converted copy, or of all: the streams have moved on."""
+        _forget(self._wide, name)
 
 
 class FittedValues:
@@ -70,13 +70,14 @@ class FittedValues:
         if encoding is None or isinstance(encoding, Dense):
             return self._others.matrix(name)
         if name not in self._dense:
-            place = self.device or self._tuned[name].device
-            self._dense[name] = encoding.apply(self._base[name].detach()).to(place, torch.float32)
+            tuned = self._tuned[name]
+            dense = encoding.apply(self._base[name].detach())
+            self._dense[name] = dense.to(self.device or tuned.device, wide(tuned.dtype))
         return self._dense[name]
 
     def vector(self, name: str) -> Tensor | None:
         found = self.vectors.get(name)
-        return None if found is None else found.to(self.device or found.device).float()
+        return None if found is None else found.to(self.device or found.device, wide(found.dtype))
 
     def rows(self, name: str, ids: Tensor) -> Tensor | None:
         encoding = self.encodings.get(name)
@@ -84,7 +85,7 @@ class FittedValues:
             return self._others.rows(name, ids)
         unique, place = ids.unique(return_inverse=True)
         stored = self._tuned[name].detach()
-        found = stored[unique.to(stored.device)].to(self.device or stored.device).float()
+        found = stored[unique.to(stored.device)].to(self.device or stored.device, wide(stored.dtype))
         sign = encoding.over if isinstance(encoding, Rows) else encoding
         if isinstance(sign, Sign | Same):
             listed = encoding.index if isinstance(encoding, Rows) else unique.new_zeros(0)
@@ -93,10 +94,22 @@ class FittedValues:
             under = self._base[name].detach()[known.to(self._base[name].device)].float().to(found.device)
             if isinstance(sign, Sign):
                 under = under + sign.rows(known.cpu()).to(found.device)
-            found[covered] = under
+            found[covered] = under.to(found.dtype)
         return found[place]
 
-    def forget(self) -> None:
-        """Let go of dense copies: the streams have moved on."""
-        self._dense.clear()
-        self._others.forget()
+    def forget(self, name: str | None = None) -> None:
+        """Let go of a dense copy, or of all: the streams have moved on."""
+        _forget(self._dense, name)
+        self._others.forget(name)
+
+
+def _forget(copies: dict[str, Tensor], name: str | None) -> None:
+    if name is None:
+        copies.clear()
+    else:
+        copies.pop(name, None)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What a model of this dtype is computed in: fp32 at least."""
+    return torch.promote_types(dtype, torch.float32)

@@ -55,6 +55,13 @@ class Workload:
     model: nn.Module | None = None
     device: torch.device | None = None
 
+    @property
+    def place(self) -> torch.device:
+        """Where things are computed."""
+        if self.device is not None:
+            return self.device
+        return torch.device("cpu") if self.model is None else calibrate.device_of(self.model)
+
     def evaluation(self) -> contextlib.AbstractContextManager[None]:
         """To run in: no dropout, no gradients."""
         return contextlib.nullcontext() if self.model is None else calibrate.evaluation(self.model, self.device)
@@ -76,7 +83,12 @@ def _architecture(checkpoint: Checkpoint) -> tuple[type[nn.Module], Any] | None:
             name,
         )
         return None
-    return found, transformers.AutoConfig.from_pretrained(checkpoint.source)
+    try:
+        return found, transformers.AutoConfig.from_pretrained(checkpoint.source)
+    except ValueError:  # a config without a model type; most classes know their own
+        if found.config_class is None:
+            raise
+        return found, found.config_class.from_pretrained(checkpoint.source)
 
 
 def _handles(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:

@@ -165,8 +165,8 @@ def test_a_budget_that_nothing_fits_in_names_the_smallest(two: tuple[Two, Two, l
     ("options", "said"),
     [
         ({"bits": 1.0, "max_bytes": 10}, "give one of them"),
-        ({"bits": 0.0}, "bits must be above 0"),
-        ({"max_bytes": -1}, "max_bytes must be above 0"),
+        ({"bits": 0.0}, "bits must be a number above 0"),
+        ({"max_bytes": -1}, "max_bytes must be a number above 0"),
         ({"bits": 1.0, "allocation": {"loud": SAME}}, "either allocation, or bits"),
     ],
 )

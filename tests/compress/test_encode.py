@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from bitdelta_compile.compress import tables
-from bitdelta_compile.compress.encode import encode, matrices_all_dense
+from bitdelta_compile.compress.encode import encode, unrelated
 from bitdelta_compile.compress.fit import DeltaMatrix
 from bitdelta_compile.compress.metric import Moments
 from bitdelta_compile.compress.settings import Allocation, Settings
@@ -287,11 +287,13 @@ def test_the_bytes_of_planes_are_known_beforehand(settings):
     assert Settings(**settings).sign_bytes(N, K, "w") == encoding.nbytes
 
 
-def test_matrices_that_are_all_dense_are_listed():
+def test_a_model_whose_matrices_are_all_dense_for_being_far_is_unrelated():
     big, tiny = (Dense(shape, torch.float32, torch.zeros(shape)) for shape in ((N, K), (4, 4)))
-    assert matrices_all_dense({"a": big, "b": big, "c": tiny}, Settings()) == ["a", "b"]
-    assert matrices_all_dense({"a": big, "b": Same((N, K), torch.float32)}, Settings()) == []
-    assert matrices_all_dense({"c": tiny, "d": Same((4, 4), torch.float32)}, Settings()) == []
+    far = {"a": {"why": "planes leave much", "weight_error": 0.5}, "b": {"why": "used by einsum"}}
+    assert unrelated({"a": big, "b": big, "c": tiny}, far, Settings()) == ["a", "b"]
+    assert unrelated({"a": big, "b": Same((N, K), torch.float32)}, far, Settings()) == []
+    assert unrelated({"b": big, "c": tiny}, far, Settings()) == []
+    assert unrelated({"c": tiny, "d": Same((4, 4), torch.float32)}, far, Settings()) == []
 
 
 def two_layers(first, second):

@@ -214,7 +214,7 @@ def test_looking_over_a_run_holds_one_converted_matrix_at_a_time():
     _, tuned = weights(3)
     tuned = {name: value.bfloat16() for name, value in tuned.items()}
     run = Run(chain(tuned, ["w0", "w1", "w2", "w0"], 0))
-    seen = survey(run, tuned, set(tuned), Watched(tuned))
+    seen = survey([run], tuned, set(tuned), Watched(tuned))
     found = collect([run], tuned, Watched(tuned), {"w0": K}, seen)
     assert found["w0"].tokens == 80
     assert held
