@@ -56,8 +56,9 @@ def compress(
     Args:
         base, tuned: loaded modules, checkpoint folders, or hub ids. Weights of folders stay in their files.
         calibration: what both models run on: texts, conversations (lists of messages, written out by the tokenizer's
-            chat template), or mappings of forward arguments. None: tokens that the tuned model writes where it is a
-            causal language model, random ones elsewhere, drawn by Zipf's law.
+            chat template), or mappings of forward arguments, which all run side by side: a few large ones rather than
+            many small. None: tokens that the tuned model writes where it is a causal language model, random ones
+            elsewhere, drawn by Zipf's law.
         quality: `fast`, `balanced` or `best`: see `RECIPES` for what each does and costs.
         method: instead of the quality's own: `sequential`, `closed_form`, or `mean_abs`, one scale per matrix from the
             weights (BitDelta's start, arXiv 2402.10193), for which folders are read tensor by tensor.

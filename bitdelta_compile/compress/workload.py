@@ -33,6 +33,7 @@ Data = Literal["texts", "batches", "sampled", "random", "none"]
 # Enough to see every use once: two sequences of eight tokens.
 _GLANCE_TOKENS = 16
 _SAMPLED_ROWS = 4
+MANY_BATCHES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +207,12 @@ def prepare(
     if calibration is not None:
         batches, data = calibrate.make_batches(model, calibration, tokenizer, tokens=tokens, device=device)
         batches += written(sampled) if sampled else []
+        if len(batches) > MANY_BATCHES:
+            log.warning(
+                "%d calibration batches run side by side, each with threads and memory of its own: "
+                "fewer and larger ones do the same",
+                len(batches),
+            )
     elif can_write(model):
         batches, data = written(tokens), "sampled"
     else:

@@ -218,6 +218,14 @@ def test_language_models_without_a_cache_of_keys_and_values_write_too(name):
     assert any(isinstance(encoding, Sign) for encoding in delta.encodings.values())
 
 
+def test_very_many_batches_are_warned_about(caplog):
+    bdc.compress(*pair(), [batch(seed, 1, 2) for seed in range(65)], quality="fast")
+    assert any("fewer and larger" in record.message for record in caplog.records)
+    caplog.clear()
+    bdc.compress(*pair(), [batch()], quality="fast")
+    assert not caplog.records
+
+
 def test_under_inference_mode(tmp_path):
     expected = bdc.compress(*pair(), [batch()])
     with torch.inference_mode():
