@@ -203,7 +203,10 @@ def plot(records: list[Record], path: Path) -> None:
 def measure(run: Run) -> list[Record]:
     records: list[Record] = []
     for name, pair in _pairs(run):
-        ways = list(_ways(pair))
+        ways: list[Record] = []
+        for way in _ways(pair):
+            ways.append(way)
+            print(f"  {name}, {way['way']}: {way['recovered']:.4f}", flush=True)
         models = {way["way"]: way["each"] for way in ways if not way["shared"]}
         for way in ways:
             memory = {f"mb_{count}": (way["shared"] + count * way["each"]) / MEGABYTE for count in TENANT_COUNTS}
@@ -211,5 +214,4 @@ def measure(run: Run) -> list[Record]:
             for form in ("int8", "int4") if way["shared"] else ():
                 record[f"less_than_{form}"] = crossover(way["shared"], way["each"], models[f"{form} models"])
             records.append(record)
-            print(f"  {name}, {way['way']}: {way['recovered']:.4f}", flush=True)
     return records
