@@ -450,5 +450,7 @@ def _show_written(delta: Delta, output: Path, seconds: float, as_json: bool) -> 
 def _check_output(output: Path, force: bool) -> None:
     if output.exists() and not force:
         raise UnsupportedError(f"{output} exists: give another name, or --force to replace it")
+    if output.is_dir():
+        raise UnsupportedError(f"{output} is a folder: give the name of a file")
     if not output.absolute().parent.is_dir():
         raise UnsupportedError(f"{output.parent} is no folder: make it first, or give another place for {output.name}")

@@ -50,11 +50,11 @@ class _Node:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Graph:
-    """One compiled graph, kept for as long as a parameter of it lives."""
+    """One compiled graph, kept for as long as a parameter of it lives; of tensors only what there is to say."""
 
     nodes: tuple[_Node, ...]
     uses: tuple[Use, ...]
-    encodings: dict[str, Encoding | Stack]
+    lines: tuple[Line, ...]
 
 
 _graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> list[_Graph]
@@ -70,7 +70,8 @@ def remember(context: Context, example_inputs: Sequence[Any]) -> None:
         if node.op not in ("placeholder", "output")
     )
     encodings = {parameter.name: parameter.encoding for parameter in context.parameters.values()}
-    record = _Graph(nodes, tuple(context.uses), encodings)
+    lines = tuple(_line(name, encoding) for name, encoding in encodings.items())
+    record = _Graph(nodes, tuple(context.uses), lines)
     bound = {node.name: parameter.name for node, parameter in context.parameters.items()}
     for node, value in zip(context.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
         if isinstance(value, nn.Parameter):
@@ -139,15 +140,11 @@ def explain(subject: nn.Module | Delta) -> Explanation:
         graphs.extend(graph for graph in _graphs.get(parameter, ()) if graph not in graphs)
     if not graphs:
         raise BitDeltaError('nothing to explain yet: compile the model with backend="bitdelta" and call it once')
-    encodings = {name: encoding for graph in graphs for name, encoding in graph.encodings.items()}
-    lines = [
-        _line(
-            name,
-            encoding,
-            tuple(dict.fromkeys(use.action for graph in graphs for use in graph.uses if use.name == name)),
-        )
-        for name, encoding in encodings.items()
-    ]
+    known = {line.name: line for graph in graphs for line in graph.lines}
+    uses: dict[str, dict[str, None]] = {name: {} for name in known}
+    for use in (use for graph in graphs for use in graph.uses):
+        uses.get(use.name, {})[use.action] = None
+    lines = [dataclasses.replace(line, actions=tuple(uses[name])) for name, line in known.items()]
     lines += [
         Line(name, "own", parameter.numel(), parameter.nbytes, parameter.nbytes, ("the model's own tensor",))
         for name, parameter in model.named_parameters()
@@ -156,9 +153,9 @@ def explain(subject: nn.Module | Delta) -> Explanation:
     return Explanation(lines, graphs)
 
 
-def _line(name: str, encoding: Encoding | Stack, actions: tuple[str, ...] = ()) -> Line:
+def _line(name: str, encoding: Encoding | Stack) -> Line:
     weights = math.prod(encoding.shape)
-    return Line(name, encoding.kind, weights, weights * encoding.dtype.itemsize, encoding.nbytes, actions)
+    return Line(name, encoding.kind, weights, weights * encoding.dtype.itemsize, encoding.nbytes)
 
 
 def _text(graph: _Graph, layer: str | None) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .checkpoint import open_checkpoint
@@ -183,7 +184,7 @@ def load_model(folder: str | Path) -> tuple[nn.Module, Kind]:
         elif architecture.endswith("ForConditionalGeneration") and config.is_encoder_decoder:
             auto, kind = transformers.AutoModelForSeq2SeqLM, "language model"
         model = auto.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{folder} is not a checkpoint that transformers loads: {reason}") from error
     return model.eval(), kind
@@ -204,7 +205,12 @@ def evaluation_batches(model: nn.Module, folder: str | Path, texts: Sequence[str
         if texts is not None:
             raise CalibrationError(f"{folder} has no tokenizer, so texts cannot be used on it")
         log.warning("%s has no tokenizer: evaluating on random tokens", folder)
-        return random_batches(config.vocab_size, length=min(32, longest)), "random tokens"
+        words = getattr(config, "vocab_size", None)
+        if not isinstance(words, int):
+            raise CalibrationError(
+                f"{folder} has neither a tokenizer nor a vocabulary: only models that read tokens are compared"
+            )
+        return random_batches(words, length=min(32, longest)), "random tokens"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     batches = token_batches(tokenizer, held_out_texts() if texts is None else texts, max_length=longest)
     return batches, "paragraphs of the Python manual" if texts is None else f"{len(texts)} given texts"

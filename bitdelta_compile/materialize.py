@@ -134,6 +134,9 @@ def write_checkpoint(
     if isinstance(config, dict) and merge.dtype is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"}
         side_files["config.json"] = config | {"dtype": str(merge.dtype).removeprefix("torch.")}
+    folder = folder.absolute()
+    if folder.resolve() == Path.cwd():
+        raise BitDeltaError("the folder that you are in would be replaced: name another, which is made")
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)

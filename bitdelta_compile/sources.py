@@ -159,7 +159,7 @@ class BaseSource:
         """A parameter that was moved or converted, and not written to, keeps its encoding: the delta follows it."""
         known = self._encoded.get(tuned)
         state = state_of(tuned)
-        if known is None or known.state == state or known.state[0] != state[0]:
+        if known is None or known.state[1:3] == state[1:3] or known.state[0] != state[0]:
             return
         with torch.inference_mode(False):
             here = self._in_tuned_dtype(name, base.detach().to(tuned.device), tuned)
@@ -252,13 +252,18 @@ class BaseSource:
 class _Encoded:
     """A tuned parameter's encoding, and the state of the parameter that it was made of."""
 
-    state: tuple[int, torch.dtype, torch.device]
+    state: State
     bound: Parameter
 
 
-def state_of(tensor: Tensor) -> tuple[int, torch.dtype, torch.device]:
-    """Changes with every write to a tensor (not counted under torch.inference_mode) and with `.to()`."""
-    return 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device
+State = tuple[int, torch.dtype, torch.device, tuple[int, ...]]
+
+
+def state_of(tensor: Tensor) -> State:
+    """Changes with `.to()`, with other values in `.data`, and with every write to a tensor that torch counts: under
+    torch.inference_mode, and through `.data`, it counts none."""
+    places = () if torch_internals.is_fake(tensor) else tuple(part.data_ptr() for part in quantized.parts(tensor))
+    return 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device, places
 
 
 def _placed(encoding: Encoding, parameter: Tensor) -> Encoding:
@@ -314,7 +319,12 @@ def graph_runs(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: Mappin
 
     concrete = {node: torch_internals.concrete(value) for node, value in inputs.items()}
     batches = [[drawn(node, value) for node, value in concrete.items()] for _ in range(count)]
-    return [Run(functools.partial(gm, *batch)) for batch in batches]
+    return [Run(functools.partial(_on_copies, gm, batch)) for batch in batches]
+
+
+def _on_copies(gm: fx.GraphModule, batch: Sequence[Any]) -> object:
+    """Run a graph; what it writes to (buffers, the caller's caches) is not the caller's."""
+    return gm(*(v.clone() if isinstance(v, Tensor) and not isinstance(v, nn.Parameter) else v for v in batch))
 
 
 def _ids_looked_up(table: fx.Node) -> list[fx.Node]:

@@ -871,3 +871,50 @@ def test_a_vocabulary_that_grew(resized: bool) -> None:
     compiled = torch.compile(base, backend="bitdelta", options={"delta": delta, "lower": "eager"})
     with torch.no_grad():
         torch.testing.assert_close(compiled(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+class Counting(nn.Module):
+    """Writes to its buffers, and to a cache that the caller gives."""
+
+    calls: Tensor
+    running: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(H, H)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("running", torch.zeros(H))
+
+    def forward(self, x: Tensor, cache: Tensor, at: Tensor) -> Tensor:
+        self.calls.add_(1)
+        out: Tensor = self.linear(x)
+        self.running.mul_(0.9).add_(out.mean(0))
+        cache.index_add_(0, at, out)
+        return out + cache.sum(0)
+
+
+def test_compressing_while_compiling_leaves_what_the_graph_writes_to() -> None:
+    torch.manual_seed(0)
+    base = Counting()
+    tuned = fine_tuned(base)
+    model, x, at = copy.deepcopy(tuned), torch.randn(4, H), torch.arange(4)
+    caches = [torch.zeros(8, H), torch.zeros(8, H)]
+    with torch.no_grad():
+        found = compiled(model, base=base)(x, caches[0], at)
+        expected = tuned(x, caches[1], at)
+        plain = copy.deepcopy(base)(x, torch.zeros(8, H), at)
+    assert int(model.calls) == 1
+    for one, other in ((found, expected), (caches[0], caches[1])):
+        assert float((one - other).norm()) < 0.7 * float((expected - plain).norm())
+
+
+def test_other_values_in_data_are_compressed_anew() -> None:
+    base = Classifier()
+    tuned = fine_tuned(base)
+    other = fine_tuned(base, 0.2)
+    model = compiled(tuned, base=base)
+    model(ids())
+    for parameter, given in zip(tuned.parameters(), other.parameters(), strict=True):
+        parameter.data = given.data.clone()
+    with torch.no_grad():
+        assert error(model(ids()), other(ids()), base(ids())) < 0.8

@@ -208,6 +208,53 @@ def test_a_call_sees_all_of_the_old_or_all_of_the_new(file: Path, base: nn.Modul
     thread.join()
 
 
+def test_a_slot_that_changes_hands_gives_nobody_anothers_rows(
+    file: Path, base: nn.Module, deltas: dict[str, Delta], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a call has named its tenant and not run yet, the tenant cannot go and its slot cannot be another's."""
+    model, args = load_package(file), inputs(2)
+    wanted, row_index, threads = model(*args, tenants=["a", "a"]), model.row_index, []
+
+    def swap() -> None:
+        model.remove("a")
+        model.add("d", deltas["c"])
+
+    def slow(*given: Any) -> Tensor:
+        found = row_index(*given)
+        threads.append(threading.Thread(target=swap))
+        threads[-1].start()
+        threads[-1].join(0.5)
+        return found
+
+    monkeypatch.setattr(model, "row_index", slow)
+    assert torch.equal(model(*args, tenants=["a", "a"]), wanted)
+    threads[0].join()
+    assert "d" in model.tenants
+
+
+def test_two_who_add_do_not_share_a_slot(file: Path, deltas: dict[str, Delta]) -> None:
+    model, wrong = load_package(file), []
+    model.remove("b")
+    free = model.slots - len(model.tenants)
+
+    def add(name: str) -> None:
+        try:
+            model.add(name, deltas["a"])
+        except UnsupportedError as error:
+            wrong.append(str(error))
+
+    for turn in range(5):
+        threads = [threading.Thread(target=add, args=(f"{turn}.{n}",)) for n in range(free + 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(wrong) == turn + 1
+        assert len(set(model.tenants.values())) == len(model.tenants) == model.slots
+        for name in [name for name in model.tenants if name.startswith(f"{turn}.")]:
+            model.remove(name)
+
+
 def test_refusals_change_nothing(file: Path, base: nn.Module, deltas: dict[str, Delta]) -> None:
     model = load_package(file)
     before = {name: tensor.clone() for stack in model.stacks.values() for name, tensor in stack.tensors().items()}

@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from .patterns import base_name
+from .patterns import base_name, is_in_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,13 @@ _REORDERS: dict[str, tuple[int, tuple[int, ...]]] = {
     "topk": (2, (-1,)),
     "index_select": (1, ()),
     "gather": (1, ()),
+    "take": (1, ()),
+    "take_along_dim": (2, ()),
 }
+# Calls that put parts of an operand where an index says: the dimension is the argument after the first.
+_SCATTERS = ("scatter", "scatter_add", "scatter_reduce", "index_copy", "index_add", "index_reduce", "index_put")
+# What is written to these is written to their operand.
+_VIEWS = (*_RESHAPES, "getitem", "select", "slice", "narrow", "transpose", "permute", "t", "expand", "detach")
 
 
 def places(graph: fx.Graph, batch: Batch) -> dict[fx.Node, Place]:
@@ -91,7 +97,18 @@ def places(graph: fx.Graph, batch: Batch) -> dict[fx.Node, Place]:
     for node in graph.nodes:
         if node.op == "output":
             continue
-        found[node] = None if batch.size == 1 else _place(node, found, batch)
+        found[node] = place = None if batch.size == 1 else _place(node, found, batch)
+        if base_name(node) == "setitem" and batch.size != 1:
+            written = node.args[0]
+            there = found.get(written) if isinstance(written, fx.Node) else None
+            shuffled = isinstance(there, RowsAt) and _scatters(node.args[1], written, there, batch)
+            place = Lost("setitem", node.name) if shuffled else None
+        elif not is_in_place(node):
+            continue
+        written = _first(node)
+        while isinstance(place, Lost) and isinstance(written, fx.Node):
+            found[written] = place
+            written = _first(written) if base_name(written) in _VIEWS else None
     return found
 
 
@@ -167,19 +184,40 @@ def _multiple_at(operand: fx.Node, dim: int, batch: Batch) -> sympy.Expr | None:
 def _reorders(node: fx.Node, operand: fx.Node, place: RowsAt, batch: Batch) -> bool:
     """Whether the call may put the rows of its operand into another order."""
     name, value = base_name(node), value_of(operand)
-    if _first(node) is not operand or not isinstance(value, Tensor):
+    if not isinstance(value, Tensor):
+        return False
+    if name == "index_put":
+        first = _first(node)
+        at = node.args[1] if len(node.args) > 1 else node.kwargs.get("indices")
+        return operand is first and _scatters(at, first, place, batch)
+    if name in _SCATTERS:
+        return place.dim in _dims(node, value.dim(), 1, ())
+    if name == "embedding" and value.is_floating_point():  # a table of rows of the batch
+        return place.dim == 0
+    if _first(node) is not operand:
         return False
     if name in _REORDERS:
         return place.dim in _dims(node, value.dim(), *_REORDERS[name])
     if name in ("getitem", "index"):
-        rows = _multiple_at(operand, place.dim, batch)
-        indices = _indexed(node.args[1], value.dim())
-        return any(dim == place.dim and not _counts(index, rows, batch) for dim, index in indices)
+        return _shuffles(node.args[1], operand, place, batch)
     if name == "repeat_interleave":
         repeats, dim = _repeated(node)
         counted = not isinstance(repeats, fx.Node) or not isinstance(value_of(repeats), Tensor)
         return not counted and (dim is None or dim % value.dim() == place.dim)
     return False
+
+
+def _shuffles(index: Any, operand: fx.Node, place: RowsAt, batch: Batch) -> bool:
+    """Whether what an index takes of an operand, or puts there, may be its rows in another order."""
+    rows = _multiple_at(operand, place.dim, batch)
+    return any(
+        dim == place.dim and not _counts(each, rows, batch) for dim, each in _indexed(index, value_of(operand).dim())
+    )
+
+
+def _scatters(index: Any, operand: fx.Node, place: RowsAt, batch: Batch) -> bool:
+    """Whether what is put where an index says may come into other rows; what a mask picks stays in its own."""
+    return not any(map(_mask_width, _parts(index))) and _shuffles(index, operand, place, batch)
 
 
 def _repeated(node: fx.Node) -> tuple[Any, int | None]:
@@ -223,15 +261,18 @@ def _parts(given: Any) -> Sequence[Any]:
 def _indexed(index: Any, rank: int) -> Iterator[tuple[int, fx.Node]]:
     """Tensors in an index, each with the dimension that it indexes."""
     parts = _parts(index)
-    taken = sum(part is not None and part is not Ellipsis for part in parts)
+    widths = [0 if part is None or part is Ellipsis else _mask_width(part) or 1 for part in parts]
     dim = 0
-    for part in parts:
-        if part is Ellipsis:
-            dim += rank - taken
-        elif part is not None:
-            if isinstance(part, fx.Node) and isinstance(value_of(part), Tensor):
-                yield dim, part
-            dim += 1
+    for part, width in zip(parts, widths, strict=True):
+        if isinstance(part, fx.Node) and isinstance(value_of(part), Tensor):
+            yield dim, part
+        dim += rank - sum(widths) if part is Ellipsis else width
+
+
+def _mask_width(part: Any) -> int:
+    """How many dimensions a mask indexes; 0 of anything else."""
+    value = value_of(part) if isinstance(part, fx.Node) else part
+    return value.dim() if isinstance(value, Tensor) and value.dtype == torch.bool else 0
 
 
 def _before(shape: Sequence[Any], dim: int) -> sympy.Expr:

@@ -64,7 +64,7 @@ class Package:
         self._runner = _runner(path, Path(folder), metadata["AOTI_DEVICE_KEY"])
         in_spec, out_spec = self._runner.get_call_spec()
         self._in_spec, self._out_spec = pytree.treespec_loads(in_spec), pytree.treespec_loads(out_spec)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # over names and slots together
         constants: dict[str, Tensor] = self._runner.extract_constants_map(False)
         self._tied: dict[str, str] = json.loads(metadata["bitdelta.tied"])
         self.stacks = _stacks(json.loads(metadata["bitdelta.encodings"]), constants) if names else {}
@@ -93,17 +93,14 @@ class Package:
         Raises:
             UnsupportedError: an unknown tenant, as many names as there are no rows, or other arguments.
         """
-        if not self.slots:
-            if tenants is not None:
-                raise UnsupportedError(
-                    "this package holds one unnamed fine-tune: package a merged program for tenants="
-                )
-        else:
-            kwargs[TENANT] = self.row_index(tenants, _rows(args, kwargs))
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self._in_spec:
-            raise UnsupportedError(f"the package takes {self._in_spec} and was called with {spec}")
-        with self._lock:
+        if not self.slots and tenants is not None:
+            raise UnsupportedError("this package holds one unnamed fine-tune: package a merged program for tenants=")
+        with self._lock:  # from the names to the end, so that a slot is not another tenant's by then
+            if self.slots:
+                kwargs[TENANT] = self.row_index(tenants, _rows(args, kwargs))
+            flat, spec = pytree.tree_flatten((args, kwargs))
+            if spec != self._in_spec:
+                raise UnsupportedError(f"the package takes {self._in_spec} and was called with {spec}")
             outputs = self._runner.run([value for value in flat if isinstance(value, Tensor)])
         return pytree.tree_unflatten(outputs, self._out_spec)
 
@@ -114,7 +111,8 @@ class Package:
             UnsupportedError: an unknown name, or another number of names than rows.
         """
         names = [None] * rows if tenants is None else list(tenants)
-        slots = self.tenants
+        with self._lock:
+            slots = self.tenants
         unknown = [name for name in names if name is not None and name not in slots]
         if unknown:
             raise UnsupportedError(f"there is no tenant {unknown[0]!r}: the package has {', '.join(slots) or 'none'}")
@@ -130,10 +128,9 @@ class Package:
             BaseMismatchError: a delta of another base.
             Nothing has changed then.
         """
-        slots = self.tenants
-        if name not in slots:
-            raise UnsupportedError(f"there is no tenant {name!r}: the package has {', '.join(slots) or 'none'}")
-        self._write(name, slots[name], Delta.load(delta) if isinstance(delta, str | Path) else delta)
+        given = Delta.load(delta) if isinstance(delta, str | Path) else delta
+        with self._lock:
+            self._write(name, self._slot(name), given)
 
     def add(self, name: str, delta: Delta | str | Path) -> None:
         """Put a tenant into a free slot; there are as many as `merge(slots=...)` was given beyond its programs.
@@ -141,13 +138,17 @@ class Package:
         Raises:
             UnsupportedError: the name is taken, or no slot is free; and as `replace`.
         """
-        slots = self.tenants
-        if name in slots:
-            raise UnsupportedError(f"there is a tenant {name} already: replace it, or choose another name")
-        free = [slot for slot in range(self.slots) if slot not in slots.values()]
-        if not free:
-            raise UnsupportedError(f"all {self.slots} slots are taken: replace a tenant, or merge with more slots=...")
-        self._write(name, free[0], Delta.load(delta) if isinstance(delta, str | Path) else delta)
+        given = Delta.load(delta) if isinstance(delta, str | Path) else delta
+        with self._lock:
+            slots = self.tenants
+            if name in slots:
+                raise UnsupportedError(f"there is a tenant {name} already: replace it, or choose another name")
+            free = [slot for slot in range(self.slots) if slot not in slots.values()]
+            if not free:
+                raise UnsupportedError(
+                    f"all {self.slots} slots are taken: replace a tenant, or merge with more slots=..."
+                )
+            self._write(name, free[0], given)
 
     def remove(self, name: str) -> None:
         """Forget a tenant and free its slot.
@@ -155,11 +156,14 @@ class Package:
         Raises:
             UnsupportedError: an unknown tenant.
         """
+        with self._lock:
+            self._names[self._slot(name)] = None
+
+    def _slot(self, name: str) -> int:
         slots = self.tenants
         if name not in slots:
             raise UnsupportedError(f"there is no tenant {name!r}: the package has {', '.join(slots) or 'none'}")
-        with self._lock:
-            self._names[slots[name]] = None
+        return slots[name]
 
     def _write(self, name: str, slot: int, delta: Delta) -> None:
         encodings = self._encodings(name, delta)
@@ -173,7 +177,7 @@ class Package:
                     f"tenant {name} needs more of {parameter} than the package has room for: {', '.join(missing)}; "
                     "merge and package again with reserve=..., or with it among the tenants"
                 )
-        with self._lock, torch.no_grad():
+        with torch.no_grad():
             for parameter, stack in self.stacks.items():
                 write(stack, slot, encodings.get(parameter), self._base[parameter], free_dense(stack, others))
             self._names[slot] = name

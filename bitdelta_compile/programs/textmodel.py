@@ -61,6 +61,8 @@ def export_checkpoint(
         raise UnsupportedError(
             f"{base} has an encoder and a decoder, and a package takes token ids once: use bdc.export and bdc.package"
         )
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise UnsupportedError(f"{base} reads no tokens, and a package takes token ids: use bdc.export and bdc.package")
     tokens = min(max_tokens, getattr(config, "max_position_embeddings", None) or max_tokens)
     rows, columns = torch.export.Dim("batch", min=1, max=max_batch), torch.export.Dim("tokens", min=1, max=tokens)
     ids = torch.arange(2 * 3).reshape(2, 3) % config.vocab_size

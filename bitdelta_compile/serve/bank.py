@@ -15,6 +15,7 @@ settled by the first graph that uses the matrix, or the first tenant that change
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -180,6 +181,25 @@ class Bank:
 
     def changed(self, parameter: str) -> tuple[str, ...]:
         """Tenants whose tensor differs from the base's there."""
+        with self._lock:
+            return self._changing(parameter)
+
+    def refuse(self, refused: Mapping[str, str]) -> bool:
+        """Let no later tenant change parameters that a graph takes to be the base's for every row.
+
+        Args:
+            refused: each with the reason.
+
+        Returns:
+            False, and nothing has changed, where some tenant has come meanwhile that changes one.
+        """
+        with self._lock:
+            if any(map(self._changing, refused)):
+                return False
+            self.refused = self.refused | dict(refused)
+            return True
+
+    def _changing(self, parameter: str) -> tuple[str, ...]:
         return tuple(name for name, parameters in self._changed.items() if parameter in parameters)
 
     def add(self, name: str, delta: Delta, *, replace: bool = False) -> None:
@@ -333,6 +353,10 @@ class Bank:
             bank = Bank(self.base, {}, wider)
             wanted = plan(self.base.parameters, more, reserve)
             bank.reserve = {name: room | wanted[name] for name, room in self.reserve.items()}
+            for name, stack in self.stacks.items():  # whole matrices are shared out: what is taken stays taken
+                taken = 0 if stack.place is None else sum(int(stack.place[at]) >= 0 for at in self._slot.values())
+                most = max(self.reserve[name].dense, taken + wanted[name].dense if wanted[name].dense else 0)
+                bank.reserve[name] = dataclasses.replace(bank.reserve[name], dense=most)
             for name, transposed in _said(more).items():
                 self._settle(name, transposed)
             settled = {name: stack.transposed for name, stack in self.stacks.items() if name not in self._open}

@@ -91,8 +91,17 @@ class TenantGraphs:
             if (name := bank.base.by_id.get(id(value), "")) in bank.stacks and name not in bank.refused
         }
         rewritten, context, refused = rewrite_for_rows(gm, parameters, batch, exact=self.exact)
-        bank.refused |= refused
-        return rewritten, context
+        if bank.refuse(refused):
+            return rewritten, context
+        return self._rewrite(gm, inputs, rows)  # a tenant has come that changes what this graph takes for the base's
+
+
+class _Serving:
+    """What calls run on, exchanged as a whole where the model grows: the bank, its graphs and the entries to them."""
+
+    def __init__(self, graphs: TenantGraphs) -> None:
+        self.graphs, self.bank = graphs, graphs.bank
+        self.compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
 
 
 class TenantModel(nn.Module):
@@ -110,11 +119,16 @@ class TenantModel(nn.Module):
         self.training = False
         own = torch_internals.no_outer_capture("an attached model compiles its own graphs")
         self.__dict__.update(forward=own(self.forward), generate=own(self.generate))
-        self._serve(graphs)
+        self._serving = _Serving(graphs)
+        self._changing = threading.Lock()  # one change of tenants or room at a time
 
-    def _serve(self, graphs: TenantGraphs) -> None:
-        self._bank, self._graphs = graphs.bank, graphs
-        self._compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
+    @property
+    def _bank(self) -> Bank:
+        return self._serving.bank
+
+    @property
+    def _graphs(self) -> TenantGraphs:
+        return self._serving.graphs
 
     @property
     def tenants(self) -> tuple[str, ...]:
@@ -165,9 +179,9 @@ class TenantModel(nn.Module):
             UnsupportedError: unknown names, not one for each row of the inputs, or a model that Dynamo cannot capture
                 whole.
         """
-        names = _names(tenants)
-        with self._bank.lease(names) as slots:
-            return self._run(self.base, slots, args, kwargs, repeated=False)
+        names, serving = _names(tenants), self._serving
+        with serving.bank.lease(names) as slots:
+            return self._run(serving, self.base, slots, args, kwargs, repeated=False)
 
     def generate(
         self,
@@ -191,26 +205,16 @@ class TenantModel(nn.Module):
         from .profiles import Profile
 
         base: Any = self.base
-        names = _names(tenants)
+        names, serving = _names(tenants), self._serving
         given = dict(zip(("inputs", "generation_config", "logits_processor", "stopping_criteria"), args, strict=False))
-        with self._bank.lease(names) as slots:
-            configs = {name: self._generation_config(name) for name in set(names)}
+        with serving.bank.lease(names) as slots:
+            configs = {name: _generation_config(serving.bank, name) for name in set(names)}
             profiles = [Profile(name, configs[name]) for name in names]
 
             def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                return self._run(module, slots, args, kwargs)
+                return self._run(serving, module, slots, args, kwargs)
 
             return generate(base, forward, profiles, {**given, **kwargs}, generators=generators)
-
-    def _generation_config(self, name: str | None) -> Any:
-        """The tenant's own, None where its delta has none."""
-        from transformers import GenerationConfig
-
-        stored = None if name is None else self._bank.side_files[name].get("generation_config.json")
-        if isinstance(stored, FromBase):
-            stored = unpack({"generation_config.json": stored}, self._bank.base.checkpoint.side_files, "the base")
-            stored = stored["generation_config.json"]
-        return GenerationConfig.from_dict(stored) if isinstance(stored, dict) else None
 
     def add(self, name: str, delta: Delta | str | Path) -> None:
         """Attach one more tenant, without compiling anything.
@@ -219,14 +223,18 @@ class TenantModel(nn.Module):
             UnsupportedError: the name is taken, no slot is free, or the delta needs more room than was reserved.
             BaseMismatchError: it was made for another base.  DeltaFileError: it is damaged.
         """
-        self._bank.add(name, _delta(delta))
+        given = _delta(delta)
+        with self._changing:
+            self._bank.add(name, given)
 
     def replace(self, name: str, delta: Delta | str | Path) -> None:
         """Put another delta behind a name: calls under way end with the old one, later ones have the new one.
 
         Needs a free slot. Raises as `add`.
         """
-        self._bank.add(name, _delta(delta), replace=True)
+        given = _delta(delta)
+        with self._changing:
+            self._bank.add(name, given, replace=True)
 
     def remove(self, name: str) -> None:
         """Forget a tenant.
@@ -234,7 +242,8 @@ class TenantModel(nn.Module):
         Raises:
             UnsupportedError: unknown, or in use by a call that is under way.
         """
-        self._bank.remove(name)
+        with self._changing:
+            self._bank.remove(name)
 
     def grow(
         self,
@@ -253,10 +262,13 @@ class TenantModel(nn.Module):
         Raises:
             UnsupportedError: fewer slots than now, or calls under way.
         """
-        self._serve(self._graphs.over(self._bank.grown(slots, reserve, [_delta(delta) for delta in fit])))
+        given = [_delta(delta) for delta in fit]
+        with self._changing:
+            self._serving = _Serving(self._graphs.over(self._bank.grown(slots, reserve, given)))
 
     def _run(
         self,
+        serving: _Serving,
         module: nn.Module,
         slots: Sequence[int],
         args: tuple[Any, ...],
@@ -280,11 +292,11 @@ class TenantModel(nn.Module):
             if tensor.dim() and tensor.shape[0] == rows:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         index = torch.tensor(slots, dtype=torch.int32, device=self.device).repeat_interleave(rows // len(slots))
-        call = self._graphs.call
+        call = serving.graphs.call
         before, call.index = call.index, index
         try:
             with torch.no_grad():
-                return self._entry(module, tensors, rows)(*args, **kwargs)
+                return _entry(serving, module, tensors, rows)(*args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, BitDeltaError):
                 raise error.inner_exception from None
@@ -296,23 +308,6 @@ class TenantModel(nn.Module):
             ) from error
         finally:
             call.index = before
-
-    def _entry(self, module: nn.Module, tensors: Sequence[Tensor], rows: int) -> Callable[..., Any]:
-        """The compiled module for inputs of this kind.
-
-        Each kind is a code object of its own to Dynamo, which allows so many graphs for one: prefill, decode and
-        batches of one row do not use up each other's.
-        """
-        batch = min(rows, 2) if self._graphs.dynamic else rows
-        key = (module, batch, len(tensors), *(size == 1 for size in tensors[0].shape[1:]))
-        if key not in self._compiled:
-
-            def entry(*args: Any, **kwargs: Any) -> Any:
-                return module(*args, **kwargs)
-
-            entry.__code__ = entry.__code__.replace(co_name=f"{type(module).__name__}_with_tenants")
-            self._compiled.setdefault(key, torch.compile(entry, backend=self._graphs, fullgraph=True))
-        return self._compiled[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         raise UnsupportedError("an attached model stays where it is: move or convert the base, then attach")
@@ -388,6 +383,35 @@ def attach(
 
 def _delta(delta: Delta | str | Path) -> Delta:
     return delta if isinstance(delta, Delta) else Delta.load(delta)
+
+
+def _entry(serving: _Serving, module: nn.Module, tensors: Sequence[Tensor], rows: int) -> Callable[..., Any]:
+    """The compiled module for inputs of this kind.
+
+    Each kind is a code object of its own to Dynamo, which allows so many graphs for one: prefill, decode and batches of
+    one row do not use up each other's.
+    """
+    batch = min(rows, 2) if serving.graphs.dynamic else rows
+    key = (module, batch, len(tensors), *(size == 1 for size in tensors[0].shape[1:]))
+    if key not in serving.compiled:
+
+        def entry(*args: Any, **kwargs: Any) -> Any:
+            return module(*args, **kwargs)
+
+        entry.__code__ = entry.__code__.replace(co_name=f"{type(module).__name__}_with_tenants")
+        serving.compiled.setdefault(key, torch.compile(entry, backend=serving.graphs, fullgraph=True))
+    return serving.compiled[key]
+
+
+def _generation_config(bank: Bank, name: str | None) -> Any:
+    """The tenant's own, None where its delta has none."""
+    from transformers import GenerationConfig
+
+    stored = None if name is None else bank.side_files[name].get("generation_config.json")
+    if isinstance(stored, FromBase):
+        stored = unpack({"generation_config.json": stored}, bank.base.checkpoint.side_files, "the base")
+        stored = stored["generation_config.json"]
+    return GenerationConfig.from_dict(stored) if isinstance(stored, dict) else None
 
 
 def _names(tenants: Sequence[str | None] | None) -> Sequence[str | None]:

@@ -18,7 +18,13 @@ from .reserve import Reserve
 
 
 def allocate(base: Tensor, reserve: Reserve, slots: int, transposed: bool) -> Stack | None:
-    """The tensors of one parameter's slots, with no tenant in any; None for no room."""
+    """The tensors of one parameter's slots, with no tenant in any; None for no room. They outlive a
+    torch.inference_mode that this is called under."""
+    with torch.inference_mode(False), torch.no_grad():
+        return _allocate(base, reserve, slots, transposed)
+
+
+def _allocate(base: Tensor, reserve: Reserve, slots: int, transposed: bool) -> Stack | None:
     shape, dtype, device = tuple(base.shape), base.dtype, base.device
     if reserve == Reserve():
         return None

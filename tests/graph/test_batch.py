@@ -21,6 +21,40 @@ def numbered(*sizes: int) -> Tensor:
     return torch.arange(B, dtype=torch.float32).reshape(B, *[1] * len(sizes)).expand(B, *sizes).clone()
 
 
+def backwards(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[0] - 1, -1, -1)
+
+
+def assigned(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[backwards(x)] = x
+    return y * 1
+
+
+def assigned_in_a_view(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y.transpose(0, 1)[:, backwards(x)] = x.transpose(0, 1)
+    return y * 1
+
+
+def assigned_to_places(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, torch.arange(S - 1, -1, -1)] = x
+    y[:, 0] = x[:, 1]
+    y[x < 0] = 7
+    return y * 1
+
+
+def copied_shuffled(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, 1:].copy_(x.flip(0)[:, 1:])
+    return y * 1
+
+
+def along(x: Tensor) -> Tensor:
+    return backwards(x)[:, None, None].expand(x.shape)
+
+
 CASES: dict[str, tuple[Call, RowsAt | str]] = {
     "elementwise": (lambda x: x * 1, FRONT),
     "view": (lambda x: x.view(x.shape[0] * S, H), MERGED),
@@ -68,6 +102,19 @@ CASES: dict[str, tuple[Call, RowsAt | str]] = {
     "index_select of features": (lambda x: x.index_select(-1, torch.tensor([3, 1])), FRONT),
     "gather": (lambda x: x.gather(0, torch.zeros_like(x, dtype=torch.int64)), LOST),
     "gather of features": (lambda x: x.gather(2, torch.zeros_like(x, dtype=torch.int64)), FRONT),
+    "taken": (lambda x: torch.take(x, backwards(x)), LOST),
+    "looked up": (lambda x: torch.nn.functional.embedding(backwards(x), x[:, 0]), LOST),
+    "scattered to rows": (lambda x: torch.zeros_like(x).scatter(0, along(x), x), LOST),
+    "added to rows": (lambda x: torch.zeros_like(x).index_add(0, backwards(x), x), LOST),
+    "copied to rows": (lambda x: torch.zeros_like(x).index_copy_(0, backwards(x), x) * 1, LOST),
+    "copied to places": (lambda x: torch.zeros_like(x).index_copy_(1, torch.arange(S - 1, -1, -1), x) * 1, FRONT),
+    "scattered to features": (
+        lambda x: x.scatter(2, torch.zeros_like(x, dtype=torch.int64), x), FRONT
+    ),
+    "put to rows": (lambda x: torch.zeros_like(x).index_put((backwards(x),), x), LOST),
+    "assigned to rows": (assigned, LOST),
+    "assigned to rows of a view": (assigned_in_a_view, LOST),
+    "copied from shuffled rows": (copied_shuffled, LOST),
     "flip": (lambda x: x.flip(0), LOST),
     "flip of several": (lambda x: x.flip(1, 0), LOST),
     "flip of features": (lambda x: x.flip([1, -1]), FRONT),
@@ -102,6 +149,11 @@ CASES: dict[str, tuple[Call, RowsAt | str]] = {
     "with shuffled rows": (lambda x: x + x.flip(0), LOST),
     "padding": (lambda x: torch.nn.functional.pad(x, (1, 1), value=1.0)[..., 1:-1], FRONT),
 }  # fmt: skip
+
+
+def test_assignments_within_rows_leave_them_where_they_are(capture: Any) -> None:
+    captured = capture(lambda x: (assigned_to_places(x), x * 1.0), numbered(S, H), rows=B)
+    assert places(captured.gm.graph, captured.batch)[captured.results[0]] == FRONT
 
 
 def check_rows(value: Tensor, place: RowsAt) -> None:

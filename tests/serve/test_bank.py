@@ -424,6 +424,40 @@ def test_dense_matrices_have_a_spare_for_replacing(net: Net) -> None:
     assert torch.equal(stack.dense[first], dense(net.up.weight, 3).value)
 
 
+def test_growing_makes_room_for_one_more_dense_matrix(net: Net) -> None:
+    given = [delta(net, up__weight=dense(net.up.weight, seed)) for seed in range(4)]
+    bank = Bank(Base(net), {"0": given[0], "1": given[1]}, SLOTS + 1)
+    bank.add("2", given[2])
+    with nothing_changes(bank), pytest.raises(UnsupportedError, match="dense="):
+        bank.add("3", given[3])
+    wider = bank.grown(None, None, [given[3]])
+    wider.add("3", given[3])
+    for name, each in enumerate(given):
+        stack = wider.stacks["up.weight"]
+        assert stack.dense is not None
+        assert stack.place is not None
+        entry = int(stack.place[wider.slot(str(name))])
+        assert torch.equal(stack.dense[entry], each.encodings["up.weight"].value)  # type: ignore[attr-defined]
+
+
+def test_what_graphs_take_for_the_bases_is_refused_unless_a_tenant_has_come(net: Net, bank: Bank) -> None:
+    changed = next(name for name in bank.stacks if bank.changed(name))
+    free = next(name for name in bank.stacks if not bank.changed(name))
+    with nothing_changes(bank):
+        assert not bank.refuse({free: "why", changed: "why"})
+    assert not bank.refused
+    assert bank.refuse({free: "why"})
+    assert bank.refused == {free: "why"}
+
+
+def test_a_bank_made_under_inference_mode_is_written_outside_it(net: Net) -> None:
+    with torch.inference_mode():
+        bank = Bank(Base(net), {"a": delta(net, up__weight=sign(net.up.weight, 1))}, SLOTS)
+        grown = bank.grown(SLOTS + 1, None, [])
+    for each in (bank, grown):
+        each.add("b", delta(net, up__weight=sign(net.up.weight, 2)))
+
+
 def test_growing_keeps_what_tenants_have_or_is_refused(net: Net, bank: Bank) -> None:
     wider = bank.grown(6, {"up.weight": Reserve(planes=2, rank=2, dense=2, rows=3)}, [])
     for field, value in slot_of(bank, "a", "up.weight").items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 
 import bitdelta_compile as bdc
 from bitdelta_compile.errors import BaseMismatchError, BitDeltaError, UnsupportedError
+from bitdelta_compile.serve import model as serving
+from bitdelta_compile.serve.bank import Bank
 from bitdelta_compile.serve.model import TenantModel
 
 IN, HIDDEN, OUT = 48, 96, 40
@@ -210,10 +214,10 @@ def test_wrong_rows(model: TenantModel, rows: Any, message: str) -> None:
 
 def test_rows_that_cannot_be_divided_among_tenants(model: TenantModel) -> None:
     """What `generate` gives to a forward may repeat every row equally often, as beams do."""
-    repeated = model._run(model.base, (0, -1), (ids(4),), {})["y"]
+    repeated = model._run(model._serving, model.base, (0, -1), (ids(4),), {})["y"]
     assert torch.equal(repeated, model(ids(4), tenants=["a", "a", None, None])["y"])
     with pytest.raises(UnsupportedError, match="inputs of 5 rows cannot be divided among 2 tenants"):
-        model._run(model.base, (0, -1), (ids(5),), {})
+        model._run(model._serving, model.base, (0, -1), (ids(5),), {})
 
 
 class Positions(Net):
@@ -359,3 +363,67 @@ def test_explain_an_attached_model(model: TenantModel) -> None:
     assert lines["up.bias"].actions == ("each row's own tensor",)
     assert "bitdelta.delta_linear" in explanation.graph("up")
     assert "tenant" in explanation.graph("up")
+
+
+class Summed(nn.Module):
+    """Uses a vector in a way that rows cannot have of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.odd = nn.Linear(IN, HIDDEN), nn.Parameter(torch.rand(IN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x * torch.cumsum(self.odd, 0))
+        return out
+
+
+def test_a_tenant_that_comes_while_a_graph_is_made_is_not_served_as_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    base = Summed().eval()
+    late, first = tuned(base, 1), copy.deepcopy(base)
+    with torch.no_grad():
+        first.linear.weight += 0.02 * torch.randn_like(first.linear.weight)
+    model = bdc.attach(base, {"first": bdc.compress(base, first, method="mean_abs")}, lower="eager")
+    delta = bdc.compress(base, late, method="mean_abs")
+    rewrite, came = serving.rewrite_for_rows, []
+
+    def rewriting(*args: Any, **options: Any) -> Any:
+        found = rewrite(*args, **options)
+        if not came:
+            came.append(model.add("late", delta))
+        return found
+
+    monkeypatch.setattr(serving, "rewrite_for_rows", rewriting)
+    with pytest.raises(BitDeltaError, match=r"odd .*late"):
+        model(torch.randn(3, IN), tenants=["first", None, "first"])
+
+
+def test_what_comes_and_goes_while_the_model_grows_has_come_and_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = net()
+    known = deltas(base, "ab")
+    model = bdc.attach(base, {"a": known["a"]}, lower="eager")
+    grown, threads = Bank.grown, []
+
+    def slow(self: Bank, *args: Any) -> Bank:
+        found = grown(self, *args)
+        threads.append(threading.Thread(target=lambda: (model.add("b", known["b"]), model.remove("a"))))
+        threads[-1].start()
+        threads[-1].join(0.5)
+        return found
+
+    monkeypatch.setattr(Bank, "grown", slow)
+    model.grow(slots=20)
+    threads[0].join()
+    assert (model.slots, model.tenants) == (20, ("b",))
+
+
+def test_what_an_attached_model_held_is_gone_with_it() -> None:
+    base = net()
+    model = bdc.attach(base, deltas(base, "a"), lower="eager")
+    model(torch.zeros(2, 3, dtype=torch.int64), tenants=["a", None])
+    assert "stack" in str(bdc.explain(model))
+    stacks = [weakref.ref(stack) for stack in model._bank.stacks.values()]
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert not any(stack() for stack in stacks)
