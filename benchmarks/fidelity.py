@@ -77,6 +77,7 @@ METHODS = [
     Method("the paper's distillation", "same", _START, distilled=200),
     Method("best, whole model", "none", {}, tables=True),
     Method("best, whole model", "other", {}, tables=True),
+    Method("best, whole model, and tokens of its own", "other", {"sampled": 8192}, tables=True),
     Method("best, two planes", "other", _TWO),
     Method("closed form", "same", {"quality": "fast"}),
     Method("closed form", "other", {"quality": "fast"}),

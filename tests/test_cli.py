@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,29 @@ def test_compress_with_text(bert_pair, tmp_path: Path) -> None:  # type: ignore[
     assert file.exists()
 
 
+def test_checkpoints_that_are_no_weights(delta_file: Path, bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for name, content in (("pointer", b"version https://git-lfs.github.com/spec/v1\n"), ("cut", None)):
+        folder = tmp_path / name
+        shutil.copytree(bert_pair.base, folder)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:5000] if content is None else content)
+        assert str(folder) in refuse("verify", delta_file, bert_pair.base, folder)
+        assert str(folder) in refuse("export", folder, delta_file, "-o", tmp_path / "x.pt2")
+
+
+def test_the_folder_one_is_in_is_not_replaced(delta_file: Path, bert_pair, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    assert "name another" in refuse("materialize", bert_pair.base, delta_file, "-o", ".")
+    assert not list(tmp_path.iterdir())
+
+
 def test_compress_replaces_a_file_only_when_forced(bert_pair, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     file = tmp_path / "x.bitdelta.safetensors"
     file.write_text("precious")
     assert "--force" in refuse("compress", bert_pair.base, bert_pair.tuned, "-o", file)
     nowhere = file.parent / "none" / "delta"
     assert "no folder" in refuse("compress", bert_pair.base, bert_pair.tuned, "-o", nowhere)
+    assert "is a folder" in refuse("compress", bert_pair.base, bert_pair.tuned, "-o", tmp_path, "--force")
     assert file.read_text() == "precious"
     succeed("compress", bert_pair.base, bert_pair.tuned, "-o", file, "--method", "mean_abs", "--force")
     Delta.load(file)

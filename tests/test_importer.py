@@ -116,6 +116,7 @@ def test_progress_reaches_its_total(tmp_path: Path, entries: dict[str, Tensor]) 
         ({"layer.proj.mask": None}, DeltaFileError, "no entry that ends in .mask"),
         ({"layer.proj.mask": None, "layer.proj.A": torch.ones(1)}, UnsupportedError, "low-rank variant"),
         ({"note": "text"}, DeltaFileError, "not a dict of tensors"),
+        ({7: torch.ones(1)}, DeltaFileError, "not a dict of tensors"),
     ],
 )
 def test_malformed(

@@ -182,7 +182,8 @@ def prepare(
         model_class, config = built
         if method == "mean_abs":
             shape = _on_meta(model_class, config)
-            return Workload(_glance(shape), _handles(checkpoint, shape), model=shape)
+            readable = calibrate.vocabulary(shape) is not None
+            return Workload(_glance(shape) if readable else [], _handles(checkpoint, shape), model=shape)
         model = _load(model_class, config, checkpoint)
         name = checkpoint.source
     handles = _handles(checkpoint, model)

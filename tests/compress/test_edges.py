@@ -21,6 +21,7 @@ from bitdelta_compile.compress.streams import Run, Stream
 from bitdelta_compile.compress.weights import TunedValues
 from bitdelta_compile.encodings import Sign
 from bitdelta_compile.errors import CalibrationError, UnsupportedError
+from bitdelta_compile.fidelity import verify
 
 K = 64
 
@@ -251,6 +252,23 @@ def test_a_config_without_a_model_type(llama_pair, tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     delta = bdc.compress(tmp_path / "base", tmp_path / "tuned", tokens=40)
     assert delta.options["calibration"] == "sampled"
+
+
+def test_weights_alone_of_a_folder_that_reads_no_tokens(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4)
+    for seed, name in enumerate(("base", "tuned")):
+        torch.manual_seed(0)
+        model = transformers.ViTModel(config, add_pooling_layer=False)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters() if seed else ():
+                parameter += 0.002 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / name)
+    delta = bdc.compress(tmp_path / "base", tmp_path / "tuned", method="mean_abs")
+    assert any(isinstance(encoding, Sign) for encoding in delta.encodings.values())
+    with pytest.raises(CalibrationError, match="neither a tokenizer nor a vocabulary"):
+        verify(delta, tmp_path / "base", tmp_path / "tuned")
 
 
 def test_streams_unwind_even_if_waiting_for_them_is_interrupted(monkeypatch):
