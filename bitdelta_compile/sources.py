@@ -262,7 +262,10 @@ State = tuple[int, torch.dtype, torch.device, tuple[int, ...]]
 def state_of(tensor: Tensor) -> State:
     """Changes with `.to()`, with other values in `.data`, and with every write to a tensor that torch counts: under
     torch.inference_mode, and through `.data`, it counts none."""
-    places = () if torch_internals.is_fake(tensor) else tuple(part.data_ptr() for part in quantized.parts(tensor))
+    if type(tensor) is nn.Parameter:  # asked of each parameter at each call
+        places: tuple[int, ...] = (tensor.data_ptr(),)
+    else:
+        places = () if torch_internals.is_fake(tensor) else tuple(part.data_ptr() for part in quantized.parts(tensor))
     return 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device, places
 
 
