@@ -12,9 +12,9 @@ from .fit import DeltaMatrix
 from .metric import Moments
 
 # What a table gets that has moved far, as nearly all of its rows then have moved the same way, and few of them are most
-# of what is read: a rank, and this share of its rows outright (of 16 bits each, an eighth of the bytes of a plane).
+# of what is read: a rank, and this share of its rows outright (of 16 bits each, a sixth of the bytes of a plane).
 FAR_RANK = 1
-FAR_ROWS = 1 / 128
+FAR_ROWS = 1 / 96
 # Where a tied table's two uses are weighed by how often its rows are used: what all rows count together in any case.
 UNUSED = 0.05
 
