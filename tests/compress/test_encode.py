@@ -449,7 +449,7 @@ def test_masked_tokens_are_no_uses_of_a_far_table():
 
 
 def test_a_small_far_table_lists_no_rows():
-    base, tuned, _ = far_table(100)
+    base, tuned, _ = far_table(80)
     found, _ = encode_one(base, tuned, lambda w: F.embedding(torch.arange(9), w), method="sequential")
     assert isinstance(found, Sign)
     assert found.rank == 1
