@@ -251,6 +251,7 @@ def load_pickle(path: Path) -> dict[str, Tensor] | None:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises many kinds for a malformed file, and none of them names the file
         raise FormatError(str(error).partition("\n")[0]) from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, dict):
         return None
-    return found
+    named = all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
+    return found if named else None

@@ -80,8 +80,6 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise DeltaFileError(f"{path} does not load with weights_only=True: {error}") from error
     if found is None:
         raise DeltaFileError(f"{path} is not a dict of tensors by name, as BitDelta's save_diff writes it")
-    if not all(isinstance(name, str) for name in found):
-        raise DeltaFileError(f"{path} is not a dict of tensors by name, as BitDelta's save_diff writes it")
     if not any(name.endswith(_MASK) for name in found):
         low_rank = [name for name in found if name.endswith(".A")]
         if low_rank:

@@ -45,6 +45,14 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def accepted(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments of the model's forward; none where it does not tell."""
+    try:
+        return frozenset(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return frozenset()
+
+
 def sequence_length(model: nn.Module, wanted: int = TEXT_TOKENS) -> int:
     """How long a sequence may be: `wanted`, or as many tokens as the model has positions for."""
     limit = getattr(_text_config(model), "max_position_embeddings", None)
@@ -224,10 +232,7 @@ def model_runs(model: nn.Module, batches: Sequence[Batch]) -> list[Run]:
     Raises (a run):
         CalibrationError: the model does not accept a batch.
     """
-    try:
-        cached = "use_cache" in inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):
-        cached = False
+    cached = "use_cache" in accepted(model)
     # On the meta device the values that a model looks at when it has no cache are missing.
     extra = {"use_cache": False} if cached and device_of(model).type != "meta" else {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..progress import Progress
+from .calibrate import accepted
 
 LENGTH = 128  # tokens of a sequence, where the model has positions for as many
 
@@ -55,8 +55,7 @@ def sample(
     starts = [start for start in starts if len(start) < longest] or [starts[0][:1]]
     length = max(1, min(LENGTH, longest - max(map(len, starts)), tokens))
     height = -(-tokens // (length * len(starts)))
-    accepted = inspect.signature(model.forward).parameters
-    caches = {"past_key_values", "use_cache"} <= accepted.keys()
+    caches = accepted(model) >= {"past_key_values", "use_cache"}
     found = []
     for place, start in enumerate(starts):
         ids = torch.tensor([list(start)] * height, device=device)

@@ -86,7 +86,7 @@ _REORDERS: dict[str, tuple[int, tuple[int, ...]]] = {
     "take_along_dim": (2, ()),
 }
 # Calls that put parts of an operand where an index says: the dimension is the argument after the first.
-_SCATTERS = ("scatter", "scatter_add", "scatter_reduce", "index_copy", "index_add", "index_reduce", "index_put")
+_SCATTERS = ("scatter", "scatter_add", "scatter_reduce", "index_copy", "index_add", "index_reduce")
 # What is written to these is written to their operand.
 _VIEWS = (*_RESHAPES, "getitem", "select", "slice", "narrow", "transpose", "permute", "t", "expand", "detach")
 
@@ -97,19 +97,23 @@ def places(graph: fx.Graph, batch: Batch) -> dict[fx.Node, Place]:
     for node in graph.nodes:
         if node.op == "output":
             continue
-        found[node] = place = None if batch.size == 1 else _place(node, found, batch)
-        if base_name(node) == "setitem" and batch.size != 1:
-            written = node.args[0]
-            there = found.get(written) if isinstance(written, fx.Node) else None
-            shuffled = isinstance(there, RowsAt) and _scatters(node.args[1], written, there, batch)
-            place = Lost("setitem", node.name) if shuffled else None
-        elif not is_in_place(node):
-            continue
-        written = _first(node)
-        while isinstance(place, Lost) and isinstance(written, fx.Node):
-            found[written] = place
+        found[node] = None if batch.size == 1 else _place(node, found, batch)
+        lost, written = _lost_in(node, found, batch), _first(node)
+        while lost is not None and isinstance(written, fx.Node):
+            found[written] = lost
             written = _first(written) if base_name(written) in _VIEWS else None
     return found
+
+
+def _lost_in(node: fx.Node, found: Mapping[fx.Node, Place], batch: Batch) -> Lost | None:
+    """Why rows can no longer be told apart in what the call writes to; None where they can, or it writes to nothing."""
+    if base_name(node) == "setitem":
+        written, index = _first(node), node.args[1]
+        there = found.get(written)
+        shuffled = isinstance(there, RowsAt) and _scatters(index, written, there, batch)
+        return Lost("setitem", node.name) if shuffled else None
+    place = found[node]
+    return place if is_in_place(node) and isinstance(place, Lost) else None
 
 
 def _place(node: fx.Node, found: Mapping[fx.Node, Place], batch: Batch) -> Place:
