@@ -108,8 +108,11 @@ def places(graph: fx.Graph, batch: Batch) -> dict[fx.Node, Place]:
 def _lost_in(node: fx.Node, found: Mapping[fx.Node, Place], batch: Batch) -> Lost | None:
     """Why rows can no longer be told apart in what the call writes to; None where they can, or it writes to nothing."""
     if base_name(node) == "setitem":
-        written, index = _first(node), node.args[1]
-        there = found.get(written)
+        written, index, value = _first(node), node.args[1], node.args[2]
+        there, given = found.get(written), found.get(value) if isinstance(value, fx.Node) else None
+        masked = any(map(_mask_width, _parts(index)))
+        if isinstance(given, Lost) and isinstance(value, fx.Node) and not masked and _carriers(value_of(value), batch):
+            return given
         shuffled = isinstance(there, RowsAt) and _scatters(index, written, there, batch)
         return Lost("setitem", node.name) if shuffled else None
     place = found[node]

@@ -51,6 +51,12 @@ def copied_shuffled(x: Tensor) -> Tensor:
     return y * 1
 
 
+def assigned_shuffled(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, 0] = x.flip(0)[:, 0]
+    return y * 1
+
+
 def along(x: Tensor) -> Tensor:
     return backwards(x)[:, None, None].expand(x.shape)
 
@@ -115,6 +121,7 @@ CASES: dict[str, tuple[Call, RowsAt | str]] = {
     "assigned to rows": (assigned, LOST),
     "assigned to rows of a view": (assigned_in_a_view, LOST),
     "copied from shuffled rows": (copied_shuffled, LOST),
+    "assigned from shuffled rows": (assigned_shuffled, LOST),
     "flip": (lambda x: x.flip(0), LOST),
     "flip of several": (lambda x: x.flip(1, 0), LOST),
     "flip of features": (lambda x: x.flip([1, -1]), FRONT),
