@@ -24,7 +24,7 @@ EXACT_TARGETS: tuple[int | str, ...] = (80, 89, 90, 100, 120, "gfx942")
 _ROWS = 16
 _POINTERS = {
     "i32": "signs bits sums tenant order starts arrived ids",
-    "fp32": "row_scale scale halves inner partial col",
+    "fp32": "row_scale scale halves inner partial col rest planes slope change upper h",
 }
 _POINTERS |= {"bf16": "y x weight bias left right words table"}
 _TYPES = {f"{name}_ptr": f"*{kind}" for kind, names in _POINTERS.items() for name in names.split()}
@@ -58,7 +58,7 @@ class Entry:
 
 
 def entries() -> Iterator[Entry]:
-    """Every kernel with every entry of the table; rarer forms (24 bits, three parts, ragged sizes) for sm_90 only."""
+    """Every kernel with every entry of the table; rarer forms (24 bits, parts, ragged sizes, planes) for sm_90 only."""
     even: dict[str, Any] = {"HALF": 0, "EVEN": True, "P": 1, "XP": 1, "RANK": 0}
     odd: dict[str, Any] = {"HALF": 1, "EVEN": False, "P": 2, "XP": 2, "RANK": 16}
     indexed = {"INDEXED": True, "MP": _ROWS}
@@ -103,6 +103,10 @@ def entries() -> Iterator[Entry]:
     yield Entry("segments", "segments", "plan_kernel", {"INDEXED": True, "SP": 32, "BLOCK": 64})
     lookup = {"P": 1, "COL": True, "RANK": 16, "HALF": 1, "INDEXED": True, "BASE": True, "BK": 1024}
     yield Entry("embedding", "delta_embedding", "embedding_kernel", lookup)
+    for name in ("feed", "flip"):
+        for planes, col, targets in ((1, False, EXACT_TARGETS), (4, True, (90,))):
+            constants = {"P": planes, "PP": planes, "COL": col, "LEAF": configs.FIT_COLUMNS, "LANES": 32}
+            yield Entry(f"{name} {planes} planes", "columns", f"{name}_kernel", constants, 1, targets=targets)
 
 
 def _sizes(config: configs.Binary | configs.Exact) -> dict[str, Any]:

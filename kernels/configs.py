@@ -94,6 +94,7 @@ FUSED_DECODE = (Fused(BINARY_DECODE[0], 64, 4, 4), Fused(BINARY_DECODE[2], 64, 4
 # Signs are a sixteenth of x's bytes: many outputs and few rows ask least of the caches. What is larger spills. The
 # second is for sm_100: with four warps Triton keeps the signs of all 16 bits in tensor memory, twice what there is.
 PREFILL = (Exact(4, 4, 1, 32, 1), Exact(2, 2, 2, 32, 1))
+FIT_COLUMNS = 16  # columns of weights that a fit's kernel holds in registers; with 32 they spill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +144,16 @@ def architecture(device: torch.device) -> str | int | None:
     return major * 10 + minor
 
 
+def has_kernels(arch: str | int | None) -> bool:
+    """Whether kernels of ours are compiled for it: NVIDIA from compute capability 8.0 on, and AMD."""
+    return arch is not None and not (isinstance(arch, int) and arch < 80)
+
+
 @functools.cache
 def device_layout(device: torch.device) -> str:
     """The layout that signs have on a device: that of its kernels where it has some."""
-    arch = architecture(device)
-    kernels = arch is not None and not (isinstance(arch, int) and arch < 80)
-    return FRAGMENTS if kernels and importlib.util.find_spec("triton") is not None else CANONICAL
+    kernels = has_kernels(architecture(device)) and importlib.util.find_spec("triton") is not None
+    return FRAGMENTS if kernels else CANONICAL
 
 
 def splits(dtype: torch.dtype, column: bool, exact: bool) -> int:
@@ -181,7 +186,7 @@ def choose(
     """
     if layout != FRAGMENTS or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    if arch is None or (isinstance(arch, int) and arch < 80) or not (rows and outputs and features):
+    if not has_kernels(arch) or not (rows and outputs and features):
         return None
     form = "asm" if isinstance(arch, int) else "plain"
     many = PREFILL[1 if isinstance(arch, int) and 100 <= arch < 120 else 0]

@@ -1,4 +1,4 @@
-"""Where the eager ops run on a GPU: our Triton kernels, or nothing, and then plain PyTorch does it.
+"""Where the eager ops and the fit run on a GPU: our Triton kernels, or nothing, and then plain PyTorch does it.
 
 triton is imported at the first call that can use it, never with the package.
 """
@@ -70,6 +70,11 @@ def delta_embedding(
     with torch.cuda.device(signs.device):
         found: Tensor = kernels.delta_embedding(ids, *tensors, embedding_dim, dtype)
     return found
+
+
+def column_kernels(device: torch.device) -> ModuleType | None:
+    """`kernels.columns` where it runs, for fitting; None elsewhere."""
+    return _kernels("columns") if configs.has_kernels(architecture(device)) else None
 
 
 @functools.cache

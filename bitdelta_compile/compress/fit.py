@@ -22,8 +22,10 @@ from .settings import Settings
 
 # Elements of one block of a delta in fp32: bounds the memory beyond the checkpoints (1 MiB per temporary).
 BLOCK_ELEMENTS = 1 << 18
-# The same where H is there: its products want more rows at once, and the chain over columns costs the same for any.
+# The same where H is there: its products want more rows at once, and the chain over columns costs the same for any. A
+# GPU has a warp for every 32 rows, and is filled by thousands.
 FIT_ELEMENTS = 1 << 22
+FIT_ELEMENTS_ON_GPU = 1 << 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +193,7 @@ def _fit_block(
     h = None if metric is None else metric.h
     rest = target.clone()
     parts = [_peel(rest, None if columns is None else columns[plane], first_row, h) for plane in range(planes)]
-    signs = torch.cat([part[0] for part in parts])
+    signs = torch.cat([part[0] for part in parts]).contiguous()
     scale = choice.fit_scale(target, signs, columns, h) if planes > 1 else parts[0][1]
     if not fed or metric is None or metric.upper is None or h is None:
         return signs, scale
@@ -230,7 +232,10 @@ class _Planes:
     def targets(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(rows, their delta [n, K] as it is, what is to be fitted [K, n]: the delta and what the metric adds)."""
         shift = None if self.metric is None else self.metric.shift
-        for first, delta in self._matrix.blocks(BLOCK_ELEMENTS if self.metric is None else FIT_ELEMENTS):
+        elements = BLOCK_ELEMENTS
+        if self.metric is not None:
+            elements = FIT_ELEMENTS if self._matrix.place.type == "cpu" else FIT_ELEMENTS_ON_GPU
+        for first, delta in self._matrix.blocks(elements):
             rows = slice(first, first + delta.shape[0])
             wanted = delta if shift is None else delta + self._matrix.rows_of_tuned(rows) @ shift
             yield rows, delta, wanted.T[self.order]

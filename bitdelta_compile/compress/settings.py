@@ -12,7 +12,7 @@ Method = Literal["sequential", "closed_form", "mean_abs"]
 Quality = Literal["fast", "balanced", "best"]
 
 MAX_PLANES = 4
-FIT = 3  # goes up when equal settings give other planes: work of an earlier fit is not gone on with
+FIT = 4  # goes up when equal settings give other planes: work of an earlier fit is not gone on with
 
 
 @dataclasses.dataclass(frozen=True)

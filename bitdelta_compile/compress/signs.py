@@ -10,11 +10,19 @@ but LEAF columns' worth of their effect on later columns into matrix products.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
+from ..lowering import device
+
 LEAF = 16
 BLOCK = 128
+
+# (rest or slope, signs, scale, columns, upper or h, first, last): `_feed` and `_flip`, or the kernels that do the same.
+Leaf: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, int, int], None]
 
 
 def levels(scale: Tensor, columns: Tensor | None, plane: int, place: int) -> Tensor:
@@ -45,40 +53,44 @@ def feed_errors(target: Tensor, scale: Tensor, columns: Tensor | None, upper: Te
     Returns:
         fp32 [P, K, n].
     """
-    feedback = _Feedback(target, scale, columns, upper)
-    feedback.settle(0, target.shape[0])
-    return feedback.signs
-
-
-class _Feedback:
-    """The columns still to be settled, and the signs of those that are. No closure: one that calls itself is a cycle,
-    which keeps its tensors until the garbage is collected."""
-
-    def __init__(self, target: Tensor, scale: Tensor, columns: Tensor | None, upper: Tensor) -> None:
-        self.scale, self.columns, self.upper = scale, columns, upper
-        self.rest = target.clone()
-        self.signs = torch.empty(scale.shape[0], *target.shape, device=target.device)
-        self._pivots = upper.diagonal().tolist()
-        self._one = torch.ones_like(scale[0])
-        self._rests, self._by_plane = self.rest.unbind(0), [plane.unbind(0) for plane in self.signs]
-
-    def settle(self, first: int, last: int) -> None:
-        """Columns `first` to `last`, whose errors reach no further."""
-        rest, upper = self.rest, self.upper
-        if last - first > LEAF:
-            middle = first + (last - first) // (2 * LEAF) * LEAF if last - first >= 2 * LEAF else first + LEAF
-            self.settle(first, middle)
+    rest, features = target.clone(memory_format=torch.contiguous_format), target.shape[0]
+    signs = torch.empty(scale.shape[0], *target.shape, device=target.device)
+    kernels = device.column_kernels(target.device)
+    feed: Leaf = _feed if kernels is None else kernels.feed
+    for first, middle, last in _halves(0, features):
+        if middle == last:
+            feed(rest, signs, scale, columns, upper, first, last)
+        else:
             rest[middle:last].addmm_(upper[first:middle, middle:last].T, rest[first:middle], alpha=-1)
-            self.settle(middle, last)
-            return
-        for k in range(first, last):
-            w = self._rests[k]
-            for plane, taken in enumerate(self._by_plane):
-                torch.copysign(self._one, w, out=taken[k])
-                w.addcmul_(taken[k], levels(self.scale, self.columns, plane, k), value=-1)
-            w.div_(self._pivots[k])
-            if k + 1 < last:
-                rest[k + 1 : last].addr_(upper[k, k + 1 : last], w, alpha=-1)
+    return signs
+
+
+def _halves(first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """(first, middle, last) of steps that settle columns `first` to `last` in order: the first half's effect on the
+    second, in between settling one and the other; `middle` is `last` for at most LEAF columns that are settled."""
+    if last - first <= LEAF:
+        yield first, last, last
+        return
+    middle = first + max(1, (last - first) // (2 * LEAF)) * LEAF
+    yield from _halves(first, middle)
+    yield first, middle, last
+    yield from _halves(middle, last)
+
+
+def _feed(
+    rest: Tensor, signs: Tensor, scale: Tensor, columns: Tensor | None, upper: Tensor, first: int, last: int
+) -> None:
+    """Settle at most LEAF columns, whose errors reach no further; in `rest` each becomes its error by its pivot."""
+    pivots, one = upper.diagonal()[first:last].tolist(), torch.ones_like(scale[0])
+    taken = [plane[first:last].unbind(0) for plane in signs]
+    for j, w in enumerate(rest[first:last].unbind(0)):
+        k = first + j
+        for plane in range(signs.shape[0]):
+            torch.copysign(one, w, out=taken[plane][j])
+            w.addcmul_(taken[plane][j], levels(scale, columns, plane, k), value=-1)
+        w.div_(pivots[j])
+        if k + 1 < last:
+            rest[k + 1 : last].addr_(upper[k, k + 1 : last], w, alpha=-1)
 
 
 def flip_signs(target: Tensor, signs: Tensor, scale: Tensor, columns: Tensor | None, h: Tensor) -> None:
@@ -88,26 +100,39 @@ def flip_signs(target: Tensor, signs: Tensor, scale: Tensor, columns: Tensor | N
         target, signs, scale, columns: as elsewhere, columns in any one order.  h: fp32 [K, K] in that order.
     """
     rest = target - values(signs, scale, columns)
-    curvature = h.diagonal().tolist()
-    rests, by_plane = rest.unbind(0), [plane.unbind(0) for plane in signs]
-    twice = 2 * scale
+    kernels = device.column_kernels(target.device)
+    flip: Leaf = _flip if kernels is None else kernels.flip
     for start in range(0, rest.shape[0], BLOCK):
         end = min(start + BLOCK, rest.shape[0])
         slope = h[start:end] @ rest
         for first in range(start, end, LEAF):
             last = min(first + LEAF, end)
-            before = rest[first:last].clone()
-            for k in range(first, last):
-                g = slope[k - start]
-                for plane, taken in enumerate(by_plane):
-                    step = taken[k] * levels(twice, columns, plane, k)
-                    worse = step * torch.add(g, step, alpha=curvature[k] / 2) >= 0
-                    step.masked_fill_(worse, 0)
-                    taken[k].mul_(worse.float().mul_(2).sub_(1))
-                    rests[k].add_(step)
-                    slope[k - start : last - start].addr_(h[k, k:last], step)
+            turned = slope[first - start : last - start]
+            flip(turned, signs, scale, columns, h, first, last)
             if last < end:
-                slope[last - start :].addmm_(h[last:end, first:last], rest[first:last] - before)
+                slope[last - start :].addmm_(h[last:end, first:last], turned)
+        rest[start:end] += slope
+
+
+def _flip(
+    slope: Tensor, signs: Tensor, scale: Tensor, columns: Tensor | None, h: Tensor, first: int, last: int
+) -> None:
+    """Turn signs of at most LEAF columns; `slope`, H r in these columns, becomes what is added to r there."""
+    curvature, twice = h.diagonal()[first:last].tolist(), 2 * scale
+    taken = [plane[first:last].unbind(0) for plane in signs]
+    for j, g in enumerate(slope.unbind(0)):
+        k = first + j
+        added = torch.zeros_like(g)
+        for plane in range(signs.shape[0]):
+            step = taken[plane][j] * levels(twice, columns, plane, k)
+            worse = step * torch.add(g, step, alpha=curvature[j] / 2) >= 0
+            step.masked_fill_(worse, 0)
+            taken[plane][j].mul_(worse.float().mul_(2).sub_(1))
+            g.add_(step, alpha=curvature[j])
+            added += step
+        if k + 1 < last:
+            slope[j + 1 :].addr_(h[k, k + 1 : last], added)
+        g.copy_(added)
 
 
 def fit_scale(target: Tensor, signs: Tensor, columns: Tensor | None, h: Tensor | None) -> Tensor:

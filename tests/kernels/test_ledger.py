@@ -42,6 +42,9 @@ def test_every_entry_compiles_and_keeps_its_limits(entry, target):
     kind = re.sub(r" [A-Z]+\d+", "", entry.name)  # without the entry of the table
     if target == 90 and kind in HOT_LOOP:
         assert record["per_weight"] <= HOT_LOOP[kind]
+    if entry.module == "columns" and isinstance(target, int):  # a lane keeps to itself
+        assert record["shared"] == 0
+        assert "shfl" not in compiled.asm["ptx"]
     if target in (80, 89, 90) and entry.config is not None:
         fragments_are_loaded_as_they_are_multiplied(entry, compiled, record)
 
