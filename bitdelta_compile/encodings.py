@@ -49,7 +49,10 @@ class Encoding:
         return (self.kind, *((name, _layout(value)) for name, value in fields))
 
     def apply(self, base: Tensor) -> Tensor:
-        """The tuned parameter, dense: `base` [the base's shape] -> fp32 [shape] (`dense`, `same` keep their dtype)."""
+        """The tuned parameter, dense: `base` [the base's shape] -> fp32 [shape] (`dense`, `same` keep their dtype).
+
+        It is made where the base is.
+        """
         raise NotImplementedError
 
 
@@ -75,7 +78,7 @@ class Dense(Encoding):
     value: Tensor
 
     def apply(self, base: Tensor) -> Tensor:
-        return self.value
+        return self.value.to(base.device)
 
 
 class Matrix(Encoding):
@@ -150,17 +153,23 @@ class Sign(Matrix):
         dense = self.rows(slice(0, self.out_features), dtype)
         return dense.T if self.transposed else dense
 
-    def rows(self, rows: slice | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense delta of some output features, [rows, K]."""
-        deltas: Tensor = reference.delta_weight(
-            self.signs[None, :, rows],
-            self.row_scale[None, :, rows],
-            None if self.col_scale is None else self.col_scale[None],
-            None if self.left is None else self.left[None, rows],
-            None if self.right is None else self.right[None],
-            self.in_features,
-            dtype,
+    def rows(
+        self, rows: slice | Tensor, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> Tensor:
+        """The dense delta of some output features, [rows, K].
+
+        Args:
+            device: where it is unpacked, by default where the signs are.
+        """
+        parts = (
+            self.signs[:, rows],
+            self.row_scale[:, rows],
+            self.col_scale,
+            None if self.left is None else self.left[rows],
+            self.right,
         )
+        there = [None if part is None else part.to(device or part.device).unsqueeze(0) for part in parts]
+        deltas: Tensor = reference.delta_weight(*there, self.in_features, dtype)
         return deltas.squeeze(0)
 
     def apply(self, base: Tensor) -> Tensor:
@@ -169,7 +178,7 @@ class Sign(Matrix):
         step = max(1, _BLOCK // max(1, self.in_features))
         for start in range(0, self.out_features, step):
             block = slice(start, start + step)
-            rows[block] += self.rows(block)
+            rows[block] += self.rows(block, device=base.device)
         return tuned
 
 
@@ -208,11 +217,11 @@ class Rows(Matrix):
 
     def apply(self, base: Tensor) -> Tensor:
         under = base if self.over is None else self.over.apply(base)
-        tuned = torch.zeros(self.shape)
+        tuned = torch.zeros(self.shape, device=base.device)
         rows, under_rows = (tuned.T, under.T) if self.transposed else (tuned, under)  # [N, K]
         kept = min(under_rows.shape[0], self.out_features)
         rows[:kept] = under_rows[:kept]
-        rows[self.index] = self.values.float()
+        rows[self.index.to(base.device)] = self.values.to(base.device).float()
         return tuned
 
 

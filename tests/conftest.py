@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -124,3 +127,18 @@ def quantize() -> Callable[[nn.Module, str], nn.Module]:
         return model.eval()
 
     return quantized
+
+
+@pytest.fixture(scope="session")
+def run_alone() -> Callable[..., None]:
+    """`run_alone(path, **environment)`: these tests in a process of their own, where all have to pass."""
+
+    def run(path: Path, **environment: str) -> None:
+        done = subprocess.run(
+            [Path(sys.executable).with_name("pytest"), path, "-x", "-p", "no:cacheprovider"],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        assert "passed" in done.stdout
+
+    return run

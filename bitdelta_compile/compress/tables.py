@@ -35,7 +35,7 @@ def most_used(matrix: DeltaMatrix, sign: Sign, uses: Tensor) -> Tensor:
     lost = torch.zeros(matrix.rows)
     for first, block in matrix.blocks():
         rows = slice(first, first + block.shape[0])
-        lost[rows] = (block - sign.rows(rows).to(block.device)).square_().sum(-1).cpu() * uses[rows]
+        lost[rows] = (block - sign.rows(rows, device=block.device)).square_().sum(-1).cpu() * uses[rows]
     lost = lost[: matrix.tuned.shape[0]]
     count = min(int(FAR_ROWS * lost.numel()), int((lost > 0).sum()))
     return lost.argsort(descending=True, stable=True)[:count].sort().values

@@ -71,8 +71,8 @@ class FittedValues:
             return self._others.matrix(name)
         if name not in self._dense:
             tuned = self._tuned[name]
-            dense = encoding.apply(self._base[name].detach())
-            self._dense[name] = dense.to(self.device or tuned.device, wide(tuned.dtype))
+            dense = encoding.apply(self._base[name].detach().to(self.device or tuned.device))
+            self._dense[name] = dense.to(wide(tuned.dtype))
         return self._dense[name]
 
     def vector(self, name: str) -> Tensor | None:
@@ -93,7 +93,7 @@ class FittedValues:
             known = unique[covered]
             under = self._base[name].detach()[known.to(self._base[name].device)].float().to(found.device)
             if isinstance(sign, Sign):
-                under = under + sign.rows(known.cpu()).to(found.device)
+                under = under + sign.rows(known.cpu(), device=found.device)
             found[covered] = under.to(found.dtype)
         return found[place]
 

@@ -1,0 +1,184 @@
+"""Compressing on a device that is not there, which has the place of a GPU and plain PyTorch in that of its kernels.
+
+Tensors of that device hold their values in host memory. What a GPU would refuse is refused: an operation on tensors of
+both sides, other than copies, lookups by indices of the host, and numbers without dimensions.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from bitdelta_compile.lowering import device
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from bitdelta_compile.compress import compress
+from bitdelta_compile.compress import signs as choice
+
+aten = torch.ops.aten
+DEVICE = "pretended"
+CROSSING = {aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.default}
+LOOKUPS = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
+TEXTS = ["the value of python", "language is not a value"]
+
+
+class There(torch.Tensor):
+    """A tensor of the pretended device."""
+
+    here: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, here):
+        layout = {"dtype": here.dtype, "device": DEVICE}
+        found = torch.Tensor._make_wrapper_subclass(cls, here.shape, here.stride(), here.storage_offset(), **layout)
+        found.here = here
+        return found
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return dispatch(func, args, kwargs or {})
+
+    def tolist(self):
+        return self.here.tolist()
+
+    def data_ptr(self):
+        return self.here.data_ptr()
+
+
+def dispatch(func, args, kwargs):
+    """The operation in host memory, and its results where a GPU would have them."""
+    there = any(isinstance(leaf, There) for leaf in tree_leaves((args, kwargs)))
+    if kwargs.get("device") is not None:
+        there = torch.device(kwargs["device"]).type == DEVICE
+        kwargs = {**kwargs, "device": "cpu"}
+    elif func is aten.copy_.default:
+        there = isinstance(args[0], There)
+    elif there and func not in CROSSING:
+        operands = args[:1] if func in LOOKUPS else (args, kwargs)
+        tensors = [leaf for leaf in tree_leaves(operands) if isinstance(leaf, torch.Tensor)]
+        if not all(isinstance(tensor, There) or not tensor.ndim for tensor in tensors):
+            raise RuntimeError(f"{func} of tensors on two devices")
+    found = func(
+        *tree_map_only(There, lambda leaf: leaf.here, args), **tree_map_only(There, lambda leaf: leaf.here, kwargs)
+    )
+    if not there:
+        return found
+    return return_and_correct_aliasing(func, args, kwargs, tree_map_only(torch.Tensor, There, found))
+
+
+@pytest.fixture(scope="module")
+def backend():
+    _setup_privateuseone_for_python_backend(DEVICE)
+    library = torch.library.Library("_", "IMPL")  # for operations without an operand that says where it is
+    library.fallback(lambda func, *args, **kwargs: dispatch(func, args, kwargs), "PrivateUse1")
+    yield
+    library._destroy()
+
+
+@pytest.fixture
+def calls(backend, monkeypatch):
+    """The pretended device, with kernels; counts their calls."""
+    made: Any = torch.tensor
+
+    def tensor(*args, device=None, **kwargs):  # the original does not ask the device
+        found = made(*args, **kwargs)
+        return found if device is None else found.to(device)
+
+    count = {"feed": 0, "flip": 0}
+
+    def kernel(name, in_pytorch):
+        def run(changed, signs, *others):
+            count[name] += 1
+            for each in (changed, signs):
+                assert isinstance(each, There)
+                assert each.is_contiguous()
+            in_pytorch(*tree_map_only(There, lambda leaf: leaf.here, (changed, signs, *others)))
+
+        return run
+
+    on_gpu = SimpleNamespace(feed=kernel("feed", choice._feed), flip=kernel("flip", choice._flip))
+    monkeypatch.setattr(torch, "tensor", tensor)
+    monkeypatch.setattr(device, "column_kernels", lambda place: on_gpu if place.type == DEVICE else None)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention is not the same on every device
+        yield count
+
+
+def assert_alike(ours, theirs):
+    """The same delta but for rounding, all of it in host memory."""
+    assert ours.encodings.keys() == theirs.encodings.keys()
+    for name, encoding in ours.encodings.items():
+        other = theirs.encodings[name]
+        assert other.kind == encoding.kind, name
+        for field, value in encoding.tensors().items():
+            found = other.tensors()[field]
+            assert type(found) in (torch.Tensor, torch.nn.Parameter)
+            if field in ("signs", "index"):
+                assert (found != value).float().mean() < 0.02, name
+            elif field not in ("left", "right"):  # of which the product counts
+                assert torch.allclose(found.float(), value.float(), rtol=0.02, atol=1e-4), (name, field)
+        error, expected = (each.report["parameters"].get(name, {}).get("error", 0.0) for each in (theirs, ours))
+        assert error == pytest.approx(expected, rel=0.01, abs=1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("name", "calibration", "options"),
+    [
+        ("bert_pair", TEXTS, {}),
+        ("bert_pair", None, {}),
+        ("bert_pair", TEXTS, {"quality": "balanced"}),
+        ("bert_pair", TEXTS, {"bits": 2.0}),
+        ("llama_pair", TEXTS, {}),
+        ("llama_pair", None, {}),
+        ("llama_pair", TEXTS, {"planes": 2, "rank": 2}),
+        ("llama_pair", TEXTS, {"quality": "fast"}),
+        ("llama_pair", TEXTS, {"sampled": 64}),
+    ],
+)
+def test_checkpoints_in_host_memory(name, calibration, options, request, calls):
+    pair = request.getfixturevalue(name)
+    ours = compress(pair.base, pair.tuned, calibration, tokens=256, **options)
+    assert not any(calls.values())
+    theirs = compress(pair.base, pair.tuned, calibration, tokens=256, device=DEVICE, **options)
+    assert bool(calls["feed"]) == (options.get("quality") != "fast")
+    assert_alike(ours, theirs)
+
+
+def gpt2(seed=1):
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32, use_cache=False)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.005 * torch.randn_like(parameter)
+    return model
+
+
+def batches(place):
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(64, (2, 16), generator=generator).to(place)} for _ in range(2)]
+
+
+def on(model, place):
+    model.to(place)
+    model.tie_weights()  # a tensor of a class of its own is moved once for each name
+    return model
+
+
+@pytest.mark.parametrize("place", ["cpu", DEVICE])
+def test_models_in_memory(place, calls):
+    """Stored [K, N], on either side."""
+    ours = compress(gpt2(0), gpt2(1), batches("cpu"))
+    theirs = compress(
+        on(gpt2(0), place), on(gpt2(1), place), batches(place), device=None if place == DEVICE else DEVICE
+    )
+    assert_alike(ours, theirs)
+    assert calls["feed"]
