@@ -151,15 +151,33 @@ def test_checkpoints_in_host_memory(name, calibration, options, request, calls):
     assert_alike(ours, theirs)
 
 
-def gpt2(seed=1):
-    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32, use_cache=False)
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(config).eval()
+def perturbed(model, seed):
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.005 * torch.randn_like(parameter)
-    return model
+    return model.eval()
+
+
+def gpt2(seed):
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2, use_cache=False
+    )
+    torch.manual_seed(0)
+    return perturbed(transformers.GPT2LMHeadModel(config), seed)
+
+
+def grown(seed):
+    """A table and a head of which the fine-tune has rows that the base lacks."""
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    if seed:
+        model.resize_token_embeddings(100, mean_resizing=False)
+    return perturbed(model, seed)
 
 
 def batches(place):
@@ -174,11 +192,14 @@ def on(model, place):
 
 
 @pytest.mark.parametrize("place", ["cpu", DEVICE])
-def test_models_in_memory(place, calls):
-    """Stored [K, N], on either side."""
-    ours = compress(gpt2(0), gpt2(1), batches("cpu"))
-    theirs = compress(
-        on(gpt2(0), place), on(gpt2(1), place), batches(place), device=None if place == DEVICE else DEVICE
-    )
+@pytest.mark.parametrize("model", [gpt2, grown])
+def test_models_in_memory(model, place, calls):
+    """Stored [K, N] (gpt2), and rows beside planes (grown), on either side."""
+    ours = compress(model(0), model(1), batches("cpu"))
+    computes = None if place == DEVICE else DEVICE
+    theirs = compress(on(model(0), place), on(model(1), place), batches(place), device=computes)
     assert_alike(ours, theirs)
     assert calls["feed"]
+    if model is grown:
+        assert ours.encodings["lm_head.weight"].kind == "rows"
+        assert ours.encodings["lm_head.weight"].over is not None
