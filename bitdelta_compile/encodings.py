@@ -161,15 +161,19 @@ class Sign(Matrix):
         Args:
             device: where it is unpacked, by default where the signs are.
         """
-        parts = (
-            self.signs[:, rows],
-            self.row_scale[:, rows],
-            self.col_scale,
-            None if self.left is None else self.left[rows],
-            self.right,
+
+        def there(part: Tensor) -> Tensor:
+            return part.to(device or part.device).unsqueeze(0)
+
+        deltas: Tensor = reference.delta_weight(
+            there(self.signs[:, rows]),
+            there(self.row_scale[:, rows]),
+            None if self.col_scale is None else there(self.col_scale),
+            None if self.left is None else there(self.left[rows]),
+            None if self.right is None else there(self.right),
+            self.in_features,
+            dtype,
         )
-        there = [None if part is None else part.to(device or part.device).unsqueeze(0) for part in parts]
-        deltas: Tensor = reference.delta_weight(*there, self.in_features, dtype)
         return deltas.squeeze(0)
 
     def apply(self, base: Tensor) -> Tensor:

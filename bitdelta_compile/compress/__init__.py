@@ -22,6 +22,7 @@ from .budget import limit, within
 from .calibrate import check_amount
 from .configs import check_buffers, check_configs
 from .encode import check_values, encode, unrelated
+from .precision import full_precision
 from .settings import FIT, RECIPES, Allocation, Method, Quality, Settings
 from .workdir import WorkDir
 from .workload import Workload, digest_of, prepare
@@ -31,6 +32,7 @@ __all__ = ["RECIPES", "Allocation", "Settings", "compress", "encode"]
 log = logging.getLogger(__name__)
 
 
+@full_precision()
 def compress(
     base: nn.Module | str | Path,
     tuned: nn.Module | str | Path,

@@ -16,6 +16,7 @@ from . import tables
 from .changes import Change, check_finite, compare
 from .fit import DeltaMatrix, Fitted, fit
 from .metric import Metric, Moments, measure
+from .precision import full_precision
 from .sequence import Arrival, arrivals, collect
 from .settings import Settings
 from .streams import Run
@@ -218,6 +219,7 @@ def check_values(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Non
             check_finite(name, base[name], "base")
 
 
+@full_precision()
 def encode(
     base: Mapping[str, Tensor],
     tuned: Mapping[str, Tensor],
