@@ -18,6 +18,7 @@ from . import (  # noqa: F401  each registers its cases
     gpu_agree,
     gpu_ceilings,
     gpu_decode,
+    gpu_fit,
     gpu_generate,
     gpu_prefill,
     ledger,

@@ -106,19 +106,20 @@ export PYTHON OUT WORK PYTHONUNBUFFERED=1
 export -f machine install gpu_tests
 
 step machine 20 bash -c machine
-step install 50 bash -c install
+step install 46 bash -c install
 [[ -s $WORK/python ]] && PYTHON=$(<"$WORK/python")
 [[ -s $WORK/pythonpath ]] && PYTHONPATH=$(<"$WORK/pythonpath") && export PYTHONPATH
 export PYTHON
-step tests 135 bash -c "gpu_tests eager compiled attached"
+step tests 135 bash -c "gpu_tests eager compiled attached compress"
 step ceilings 35 "$PYTHON" -m benchmarks gpu-ceilings --out "$OUT"
-step decode 100 "$PYTHON" -m benchmarks gpu-decode --out "$OUT"
-step generate 85 "$PYTHON" -m benchmarks gpu-generate --out "$OUT"
-step prefill 70 "$PYTHON" -m benchmarks gpu-prefill --out "$OUT"
-step agree 40 "$PYTHON" -m benchmarks gpu-agree --out "$OUT"
-step sanitizer 30 bash -c "gpu_tests sanitizer"
+step decode 92 "$PYTHON" -m benchmarks gpu-decode --out "$OUT"
+step generate 80 "$PYTHON" -m benchmarks gpu-generate --out "$OUT"
+step fit 32 "$PYTHON" -m benchmarks gpu-fit --out "$OUT"
+step prefill 62 "$PYTHON" -m benchmarks gpu-prefill --out "$OUT"
+step agree 36 "$PYTHON" -m benchmarks gpu-agree --out "$OUT"
+step sanitizer 28 bash -c "gpu_tests sanitizer"
 
-for name in ceilings decode generate prefill agree; do
+for name in ceilings decode generate fit prefill agree; do
     [[ -s $OUT/gpu-$name.jsonl ]] && note "found     $(wc -l <"$OUT/gpu-$name.jsonl") records in gpu-$name.jsonl"
     if grep -q '^skipped:' "$OUT/logs/$name.log" 2>/dev/null; then
         note "SKIPPED   $name: $(grep -m 1 '^skipped:' "$OUT/logs/$name.log")"
@@ -127,7 +128,7 @@ for name in ceilings decode generate prefill agree; do
 done
 {
     echo
-    grep -h -A 60 '^gpu-' "$OUT"/logs/{ceilings,decode,generate,prefill,agree}.log 2>/dev/null
+    grep -h -A 60 '^gpu-' "$OUT"/logs/{ceilings,decode,generate,fit,prefill,agree}.log 2>/dev/null
     grep -h -E '^(FAILED|ERROR|=+ .*(passed|failed|error|skipped).*=+$)|^[0-9]+ (passed|failed|skipped)' "$OUT"/logs/tests-*.log 2>/dev/null
 } >>"$SUMMARY"
 note "$( ((failed)) && echo 'not all passed' || echo 'all passed') in $SECONDS s; $SUMMARY"

@@ -23,6 +23,7 @@ def benchmarks() -> Any:
         "gpu_agree",
         "gpu_ceilings",
         "gpu_decode",
+        "gpu_fit",
         "gpu_generate",
         "gpu_prefill",
         "gpu_timing",
@@ -38,7 +39,7 @@ def test_without_a_device_every_case_says_so(benchmarks: Any, tmp_path: Path) ->
         pytest.skip("there is a device")
     run = benchmarks.registry.Run(tmp_path, True, tmp_path)
     cases = [case for name, case in benchmarks.registry.CASES.items() if name.startswith("gpu-")]
-    assert len(cases) == 5
+    assert len(cases) == 6
     for case in cases:
         with pytest.raises(benchmarks.registry.SkippedError, match="CUDA"):
             list(case.measure(run))
@@ -146,3 +147,31 @@ def test_the_step_is_the_dense_models_step(benchmarks: Any) -> None:
         alone.append(generate.step(own, generate.State.random(config, 2, None, where), False, generate.uncompiled)())
         assert (found[row] - alone[-1][row]).float().norm() < 0.03 * found[row].float().norm()
     assert (alone[0][0] - alone[1][0]).float().norm() > 0.1 * alone[0][0].float().norm()
+
+
+def test_the_fit_is_measured_only_where_it_is_right(benchmarks: Any, tmp_path: Path) -> None:
+    gpu_fit = benchmarks.gpu_fit
+    records = list(gpu_fit.measure_shape(48, 40, torch.device("cpu"), 1))
+    assert [record["step"] for record in records] == ["error feedback", "flips", "fit of `best`"]
+    assert all(record["ns_per_weight"] == pytest.approx(record["seconds"] / 48 / 40 * 1e9) for record in records)
+    gpu_fit.plot(records, tmp_path / "fit.png")
+    assert (tmp_path / "fit.png").stat().st_size > 1000
+    problem = gpu_fit.Problem.random(48, 40, torch.device("cpu"))
+    expected = problem.feed()
+    assert problem.cost(problem.flip(expected)) < problem.cost(expected)
+    gpu_fit.check(problem, "feed", expected, expected)
+    with pytest.raises(benchmarks.registry.WrongResultError, match="of the signs"):
+        gpu_fit.check(problem, "feed", -expected, expected)
+
+
+def test_the_kernels_of_the_fit_are_left_out_for_comparison(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    signs = benchmarks.gpu_fit.signs
+
+    def kernels(place: Any) -> Any:
+        raise AssertionError("asked for")
+
+    monkeypatch.setattr(signs.device, "column_kernels", kernels)
+    problem = benchmarks.gpu_fit.Problem.random(8, 8, torch.device("cpu"))
+    assert benchmarks.gpu_fit.in_pytorch(problem.feed)().shape == (1, 8, 8)
+    with pytest.raises(AssertionError, match="asked for"):
+        problem.feed()
