@@ -41,7 +41,5 @@ def full_precision() -> Iterator[None]:
 
 
 def _set(place: Any, precision: str) -> None:
-    if (
-        place.fp32_precision != precision
-    ):  # saying what holds by inheritance would keep it from changing with its source
+    if place.fp32_precision != precision:  # saying again what is inherited would end the inheritance
         place.fp32_precision = precision
