@@ -28,7 +28,7 @@ _POINTERS = {
 }
 _POINTERS |= {"bf16": "y x weight bias left right words table"}
 _TYPES = {f"{name}_ptr": f"*{kind}" for kind, names in _POINTERS.items() for name in names.split()}
-_ALIGNED = ("N", "K", "x_stride", "part", *_TYPES)  # sizes of real layers, buffers of torch
+_ALIGNED = ("N", "K", "x_stride", "part", "across", "last", *_TYPES)  # sizes of real layers, buffers of torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +104,10 @@ def entries() -> Iterator[Entry]:
     lookup = {"P": 1, "COL": True, "RANK": 16, "HALF": 1, "INDEXED": True, "BASE": True, "BK": 1024}
     yield Entry("embedding", "delta_embedding", "embedding_kernel", lookup)
     for name in ("feed", "flip"):
-        for planes, col, targets in ((1, False, EXACT_TARGETS), (4, True, (90,))):
-            constants = {"P": planes, "PP": planes, "COL": col, "LEAF": configs.FIT_COLUMNS, "LANES": 32}
+        for planes in (1, 2, 3, 4):
+            constants = {"P": planes, "PP": 1 << (planes - 1).bit_length(), "COL": planes > 1, "along": 1}
+            constants |= {"LEAF": configs.FIT_COLUMNS, "LANES": 32}
+            targets = EXACT_TARGETS if planes == 1 else (90,)
             yield Entry(f"{name} {planes} planes", "columns", f"{name}_kernel", constants, 1, targets=targets)
 
 

@@ -49,9 +49,9 @@ class Encoding:
         return (self.kind, *((name, _layout(value)) for name, value in fields))
 
     def apply(self, base: Tensor) -> Tensor:
-        """The tuned parameter, dense: `base` [the base's shape] -> fp32 [shape] (`dense`, `same` keep their dtype).
+        """The tuned parameter, dense: `base` [the base's shape] -> fp32 [shape], where the base is.
 
-        It is made where the base is.
+        `same` is the base itself; `dense` is its own tensor, whatever the base.
         """
         raise NotImplementedError
 
@@ -78,7 +78,7 @@ class Dense(Encoding):
     value: Tensor
 
     def apply(self, base: Tensor) -> Tensor:
-        return self.value.to(base.device)
+        return self.value
 
 
 class Matrix(Encoding):

@@ -49,7 +49,7 @@ def encoder_outputs(model: Callable[..., Any], batches: Iterable[Batch]) -> Enco
     """Run an encoder (a module, compiled or not) over an evaluation set."""
     tokens, pooled = [], []
     for batch in batches:
-        hidden = model(**_inputs(model, batch)).last_hidden_state.float()  # [B, S, H]
+        hidden = _outputs(model, batch).last_hidden_state.float().cpu()  # [B, S, H]
         mask = batch["attention_mask"].bool()
         tokens.append(hidden[mask])
         weights = mask.unsqueeze(-1).float()
@@ -87,7 +87,7 @@ def token_figures(tuned: Callable[..., Any], other: Callable[..., Any], batches:
     for batch in batches:
         mask = batch["attention_mask"].bool()
         ids, follows = batch["input_ids"], mask[:, 1:] & mask[:, :-1]
-        log_p, log_q = (model(**_inputs(model, batch)).logits.float().log_softmax(-1) for model in (tuned, other))
+        log_p, log_q = (_outputs(model, batch).logits.float().log_softmax(-1).cpu() for model in (tuned, other))
         for side, found in enumerate((log_p, log_q)):
             chosen = found[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
             lost[side] -= float(chosen[follows].sum(dtype=torch.float64))
@@ -106,8 +106,8 @@ def token_figures(tuned: Callable[..., Any], other: Callable[..., Any], batches:
 @torch.no_grad()
 def layer_states(model: Callable[..., Any], batch: Batch) -> list[Tensor]:
     """Hidden states after every layer, the embedding first, [tokens, H] each; none where a model does not show them."""
-    found = getattr(model(**_inputs(model, batch), output_hidden_states=True), "hidden_states", None) or ()
-    return [states[batch["attention_mask"].bool()].float() for states in found]
+    found = getattr(_outputs(model, batch, output_hidden_states=True), "hidden_states", None) or ()
+    return [states.cpu()[batch["attention_mask"].bool()].float() for states in found]
 
 
 def lost_by_layer(tuned: Sequence[Tensor], base: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[float, ...]:
@@ -119,14 +119,18 @@ def lost_by_layer(tuned: Sequence[Tensor], base: Sequence[Tensor], other: Sequen
     return tuple(found)
 
 
-def _inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """Forward's arguments; the decoder of an encoder-decoder reads the same tokens as its encoder."""
+def _outputs(model: Any, batch: Batch, **options: Any) -> Any:
+    """The model on a batch, where the model is; a decoder reads the same tokens as its encoder."""
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None)
-    ids = batch["input_ids"]
-    if vocabulary is not None and int(ids.max()) >= vocabulary:
+    largest = int(batch["input_ids"].max())
+    if vocabulary is not None and largest >= vocabulary:
         raise UnsupportedError(
-            f"the text has token {int(ids.max())}, past the {vocabulary} of {type(model).__name__}: "
+            f"the text has token {largest}, past the {vocabulary} of {type(model).__name__}: "
             "leave out texts with tokens that the fine-tune has added"
         )
-    return {**batch, "decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else dict(batch)
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    inputs = {name: value if first is None else value.to(first.device) for name, value in batch.items()}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return model(**inputs, **options)

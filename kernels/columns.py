@@ -17,6 +17,9 @@ from .configs import FIT_COLUMNS
 
 LANES = 64 if torch.version.hip else 32  # rows of weights: one warp
 
+# Did Triton know n to be a multiple of 16, it would give a lane four rows, and a row's columns to several lanes.
+_launched = triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["n"])
+
 
 @triton.jit
 def _row(tile, j, ROWS: tl.constexpr):
@@ -33,7 +36,7 @@ def _sizes(scale_ptr, at, n, P: tl.constexpr, PP: tl.constexpr):
     return tl.load(scale_ptr + p * n + at[None, :], mask=(p < P) & (at < n)[None, :], other=0.0)
 
 
-@triton.jit
+@_launched
 def feed_kernel(
     rest_ptr, planes_ptr, scale_ptr, col_ptr, upper_ptr, first, last, n, K, across, along,
     P: tl.constexpr, PP: tl.constexpr, COL: tl.constexpr, LEAF: tl.constexpr, LANES: tl.constexpr,
@@ -66,7 +69,7 @@ def feed_kernel(
         tl.store(planes_ptr + p * K * n + place, 1.0 - 2.0 * negative, mask=inside)
 
 
-@triton.jit
+@_launched
 def flip_kernel(
     slope_ptr, planes_ptr, scale_ptr, col_ptr, h_ptr, first, last, n, K, across, along,
     P: tl.constexpr, PP: tl.constexpr, COL: tl.constexpr, LEAF: tl.constexpr, LANES: tl.constexpr,

@@ -16,7 +16,6 @@ from torch import nn
 import bitdelta_compile as bdc
 from bitdelta_compile.compress import budget, sequence
 from bitdelta_compile.compress.encode import encode
-from bitdelta_compile.compress.precision import full_precision
 from bitdelta_compile.compress.settings import Allocation, Settings
 from bitdelta_compile.compress.streams import Run, Stream
 from bitdelta_compile.compress.weights import TunedValues
@@ -291,46 +290,3 @@ def test_streams_unwind_even_if_waiting_for_them_is_interrupted(monkeypatch):
     for thread in threads:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
-
-
-@pytest.fixture
-def tf32():
-    """The process allows rounded products, as serving code does."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def test_the_fit_multiplies_at_full_precision(tf32):
-    base, tuned = pair()
-    seen = set()
-
-    def watch(*_):
-        seen.add((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
-
-    tuned.first.register_forward_pre_hook(watch)
-    bdc.compress(base, tuned, [batch()])
-    assert seen == {("ieee", "ieee")}
-    assert torch.get_float32_matmul_precision() == "high"
-    with pytest.raises(CalibrationError):
-        bdc.compress(base, tuned, [{"unknown": torch.zeros(1)}])
-    assert torch.get_float32_matmul_precision() == "high"
-
-
-def test_fits_in_several_threads_leave_the_precision_as_it_was(tf32):
-    with full_precision():
-        entered, leave = threading.Event(), threading.Event()
-
-        def other():
-            with full_precision():
-                entered.set()
-                leave.wait()
-
-        thread = threading.Thread(target=other)
-        thread.start()
-        entered.wait()
-    assert torch.backends.cuda.matmul.fp32_precision == "ieee"  # the other is still at it
-    leave.set()
-    thread.join()
-    assert torch.get_float32_matmul_precision() == "high"

@@ -12,19 +12,27 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bitdelta_compile.kernels import layout
 from bitdelta_compile.lowering import device
+from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from bitdelta_compile.compress import compress
 from bitdelta_compile.compress import signs as choice
+from bitdelta_compile.encodings import Dense, Rows, Same, Sign
+from bitdelta_compile.fidelity import verify
+from bitdelta_compile.graph.context import Parameter
+from bitdelta_compile.graph.rewrite import rewrite
+from bitdelta_compile.sources import _placed
 
 aten = torch.ops.aten
 DEVICE = "pretended"
 CROSSING = {aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.default}
-LOOKUPS = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
+ASSIGNMENTS = {aten.index_put_.default, aten.index_put.default}
 TEXTS = ["the value of python", "language is not a value"]
 
 
@@ -62,7 +70,11 @@ def dispatch(func, args, kwargs):
     elif func is aten.copy_.default:
         there = isinstance(args[0], There)
     elif there and func not in CROSSING:
-        operands = args[:1] if func in LOOKUPS else (args, kwargs)
+        operands = (args, kwargs)
+        if func is aten.index.Tensor:
+            operands = args[:1]
+        elif func in ASSIGNMENTS:
+            operands = (args[0], args[2])
         tensors = [leaf for leaf in tree_leaves(operands) if isinstance(leaf, torch.Tensor)]
         if not all(isinstance(tensor, There) or not tensor.ndim for tensor in tensors):
             raise RuntimeError(f"{func} of tensors on two devices")
@@ -86,6 +98,7 @@ def backend():
 @pytest.fixture
 def calls(backend, monkeypatch):
     """The pretended device, with kernels; counts their calls."""
+    _device_constructors()  # remembers what `with torch.device(...)` applies to: the original among that
     made: Any = torch.tensor
 
     def tensor(*args, device=None, **kwargs):  # the original does not ask the device
@@ -97,7 +110,8 @@ def calls(backend, monkeypatch):
     def kernel(name, in_pytorch):
         def run(changed, signs, *others):
             count[name] += 1
-            for each in (changed, signs):
+            scale, columns = others[:2]
+            for each in (changed, signs, scale) if columns is None else (changed, signs, scale, columns):
                 assert isinstance(each, There)
                 assert each.is_contiguous()
             in_pytorch(*tree_map_only(There, lambda leaf: leaf.here, (changed, signs, *others)))
@@ -203,3 +217,67 @@ def test_models_in_memory(model, place, calls):
     if model is grown:
         assert ours.encodings["lm_head.weight"].kind == "rows"
         assert ours.encodings["lm_head.weight"].over is not None
+
+
+def sign(generator, n, transposed=False, **others):
+    shape = (64, n) if transposed else (n, 64)
+    signs = layout.pack(torch.rand(1, n, 64, generator=generator) < 0.5)
+    return Sign(shape, torch.float32, signs, torch.rand(1, n, generator=generator), transposed=transposed, **others)
+
+
+def test_a_delta_is_applied_where_the_base_is(backend):
+    generator = torch.Generator().manual_seed(0)
+    parts = {"col_scale": torch.rand(1, 64, generator=generator), "left": torch.ones(40, 2), "right": torch.ones(2, 64)}
+    rows = {"index": torch.tensor([1, 40]), "values": torch.rand(2, 64, generator=generator)}
+    for encoding in (
+        Same((40, 64), torch.float32),
+        sign(generator, 40),
+        sign(generator, 40, transposed=True),
+        sign(generator, 40, **parts),
+        Rows((41, 64), torch.float32, **rows, over=None, transposed=False),
+        Rows((41, 64), torch.float32, **rows, over=sign(generator, 40), transposed=False),
+        Rows((64, 41), torch.float32, **rows, over=sign(generator, 40, transposed=True), transposed=True),
+    ):
+        base = torch.randn(64, 40) if getattr(encoding, "transposed", False) else torch.randn(40, 64)
+        found = encoding.apply(base.to(DEVICE))
+        assert isinstance(found, There)
+        assert torch.equal(found.cpu(), encoding.apply(base))
+
+
+def test_a_graph_on_the_device(backend):
+    """`substitute_base` and `_placed`: what is stored outright is where the base is, too."""
+    generator = torch.Generator().manual_seed(0)
+    encodings = {"w": sign(generator, 40), "b": Dense((40,), torch.float32, torch.randn(40, generator=generator))}
+    base = {"w": torch.randn(40, 64), "b": torch.randn(40)}
+    x = torch.randn(3, 64)
+    results = []
+    for place in ("cpu", DEVICE):
+        graph = fx.Graph()
+        inputs = {name: graph.placeholder(name) for name in ("x", "w", "b")}
+        graph.output((graph.call_function(torch.nn.functional.linear, tuple(inputs.values())),))
+        there = {name: tensor.to(place) for name, tensor in (base | {"x": x}).items()}
+        for name, node in inputs.items():
+            node.meta["example_value"] = there[name]
+        module = fx.GraphModule(torch.nn.Module(), graph)
+        parameters = {
+            inputs[name]: Parameter(name, _placed(encodings[name], there[name]), there[name]) for name in encodings
+        }
+        rewritten, context = rewrite(module, parameters)
+        values = [context.values.get(name, there[name]) for name in ("x", "w", "b")]
+        (found,) = rewritten(*values, *context.added)
+        results.append(found.cpu())
+    expected = x @ encodings["w"].apply(base["w"]).T + encodings["b"].value
+    assert torch.allclose(results[0], expected, atol=1e-4)
+    assert torch.allclose(results[1], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert_pair", "llama_pair"])
+def test_verify_with_a_base_on_the_device(name, request, calls):
+    pair = request.getfixturevalue(name)
+    delta = compress(pair.base, pair.tuned, method="mean_abs")
+    load = transformers.AutoModel if name == "bert_pair" else transformers.AutoModelForCausalLM
+    base = load.from_pretrained(pair.base, dtype=torch.float32, use_cache=False).eval()
+    expected = verify(delta, base, pair.tuned, TEXTS)
+    found = verify(delta, on(base, DEVICE), pair.tuned, TEXTS)
+    for figure in ("base", "compressed", "count", "layers"):
+        assert getattr(found, figure) == pytest.approx(getattr(expected, figure), rel=0.02)
