@@ -17,7 +17,7 @@ from .configs import FIT_COLUMNS
 
 LANES = 64 if torch.version.hip else 32  # rows of weights: one warp
 
-# Did Triton know n to be a multiple of 16, it would give a lane four rows, and a row's columns to several lanes.
+# If Triton knew n to be a multiple of 16, it would give a lane four rows, and spread the columns of a row over lanes.
 _launched = triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["n"])
 
 
