@@ -1,6 +1,6 @@
-"""Compressing on another device than the host: tests/compress/pretended_device in a process of its own.
+"""Tensors of a device and of the host meet no more than a GPU allows: tests/pretended_device in a process of its own.
 
-To work on it: PRETEND_DEVICE=1 pytest tests/compress/pretended_device
+To work on them: PRETEND_DEVICE=1 pytest tests/pretended_device
 """
 
 from __future__ import annotations
