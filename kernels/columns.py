@@ -36,6 +36,24 @@ def _sizes(scale_ptr, at, n, P: tl.constexpr, PP: tl.constexpr):
     return tl.load(scale_ptr + p * n + at[None, :], mask=(p < P) & (at < n)[None, :], other=0.0)
 
 
+@triton.jit
+def _size(sizes, col_ptr, p, k, last, K, PP: tl.constexpr, COL: tl.constexpr):
+    """The size of plane p's values at column k, fp32 [LANES]."""
+    size = _row(sizes, p, PP)
+    if COL:
+        size *= tl.load(col_ptr + p * K + k, mask=k < last, other=0.0)
+    return size
+
+
+@triton.jit
+def _store_signs(planes_ptr, words, place, inside, n, K, P: tl.constexpr, PP: tl.constexpr, LEAF: tl.constexpr):
+    """The bits of uint32 [PP, LANES] as +-1, 1 being -1, at `place` [LEAF, LANES] of each plane."""
+    bit = tl.arange(0, LEAF).to(tl.uint32)[:, None]
+    for p in tl.static_range(P):
+        negative = _row(words, p, PP)[None, :] >> bit & 1
+        tl.store(planes_ptr + p * K * n + place, 1.0 - 2.0 * negative, mask=inside)
+
+
 @_launched
 def feed_kernel(
     rest_ptr, planes_ptr, scale_ptr, col_ptr, upper_ptr, first, last, n, K, across, along,
@@ -54,9 +72,7 @@ def feed_kernel(
     for j in tl.static_range(LEAF):
         w = _row(tile, j, LEAF)
         for p in tl.static_range(P):
-            size = _row(sizes, p, PP)
-            if COL:
-                size *= tl.load(col_ptr + p * K + first + j, mask=first + j < last, other=0.0)
+            size = _size(sizes, col_ptr, p, first + j, last, K, PP, COL)
             negative = w.to(tl.int32, bitcast=True) < 0
             words = tl.where((ps == p) & negative[None, :], words | (1 << j), words)
             w -= tl.where(negative, -size, size)
@@ -64,9 +80,7 @@ def feed_kernel(
         later = tl.load(upper_ptr + j * across + js * along, mask=(js > j) & (first + js < last), other=0.0)
         tile = tl.where((js == j)[:, None], w[None, :], tile - later[:, None] * w[None, :])
     tl.store(rest_ptr + place, tile, mask=inside)
-    for p in tl.static_range(P):
-        negative = _row(words, p, PP)[None, :] >> js[:, None].to(tl.uint32) & 1
-        tl.store(planes_ptr + p * K * n + place, 1.0 - 2.0 * negative, mask=inside)
+    _store_signs(planes_ptr, words, place, inside, n, K, P, PP, LEAF)
 
 
 @_launched
@@ -94,9 +108,7 @@ def flip_kernel(
         slope = _row(tile, j, LEAF)
         added = tl.zeros((LANES,), tl.float32)
         for p in tl.static_range(P):
-            size = _row(sizes, p, PP)
-            if COL:
-                size *= tl.load(col_ptr + p * K + first + j, mask=first + j < last, other=0.0)
+            size = _size(sizes, col_ptr, p, first + j, last, K, PP, COL)
             step = tl.where((_row(words, p, PP) >> j & 1) != 0, -size, size)
             better = step * (slope + step * (curvature / 2)) < 0
             step = tl.where(better, step, 0.0)
@@ -106,9 +118,7 @@ def flip_kernel(
         later = tl.load(h_ptr + j * across + js * along, mask=(js > j) & (first + js < last), other=0.0)
         tile = tl.where((js == j)[:, None], added[None, :], tile + later[:, None] * added[None, :])
     tl.store(slope_ptr + within, tile, mask=inside)
-    for p in tl.static_range(P):
-        negative = _row(words, p, PP)[None, :] >> js[:, None].to(tl.uint32) & 1
-        tl.store(planes_ptr + p * K * n + place, 1.0 - 2.0 * negative, mask=inside)
+    _store_signs(planes_ptr, words, place, inside, n, K, P, PP, LEAF)
 
 
 def feed(

@@ -48,6 +48,12 @@ def batches(**others):
     return [{"x": torch.randn(4, 20, 64, generator=torch.Generator().manual_seed(0)), **others}]
 
 
+def assert_same(found, expected):
+    for name, encoding in expected.encodings.items():
+        for field, value in encoding.tensors().items():
+            assert torch.equal(found.encodings[name].tensors()[field], value)
+
+
 @pytest.mark.parametrize("older", ["highest", "high", "medium"])
 def test_the_fit_multiplies_at_full_precision(older, settings):
     base, tuned = Net(0), Net(1)
@@ -61,9 +67,7 @@ def test_the_fit_multiplies_at_full_precision(older, settings):
     with pytest.raises(CalibrationError):
         bdc.compress(base, tuned, batches(unknown=torch.zeros(1)))
     assert (newer(), torch.get_float32_matmul_precision()) == (before, older)
-    for name, encoding in expected.encodings.items():
-        for field, value in encoding.tensors().items():
-            assert torch.equal(found.encodings[name].tensors()[field], value)
+    assert_same(found, expected)
 
 
 def test_a_setting_that_is_inherited_still_is_afterwards(settings):
@@ -108,6 +112,4 @@ def test_autocast_is_left_outside(method):
         )
         with torch.no_grad():
             assert compiled(batches()[0]["x"]).dtype == torch.bfloat16
-    for name, encoding in expected.encodings.items():
-        for field, value in encoding.tensors().items():
-            assert torch.equal(found.encodings[name].tensors()[field], value)
+    assert_same(found, expected)

@@ -96,10 +96,10 @@ def test_a_bank_on_the_device(sign_layout, monkeypatch):
     rich = compress(Net(), Net(1), ids, planes=2, rank=2)
     others = {"plain": compress(Net(), Net(2), method="mean_abs"), "grown": compress(Net(), Net(3, 110), ids)}
     monkeypatch.setattr(bank, "_check_plain", lambda module: None)
+    for module in (slots, stack):
+        monkeypatch.setattr(module, "device_layout", lambda device: sign_layout)
     banks = []
     for place in ("cpu", DEVICE):
-        for module in (slots, stack):
-            monkeypatch.setattr(module, "device_layout", lambda device: sign_layout)
         found = bank.Bank(bank.Base(on(Net(), place)), {"rich": rich, **others}, 4)
         found.remove("plain")
         found.add("again", rich)
