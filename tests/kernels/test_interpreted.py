@@ -1,7 +1,10 @@
-"""The GPU kernels' arithmetic without a GPU: tests/kernels/interpreted in a process of its own.
+"""The GPU kernels without a GPU: tests/kernels/interpreted, each time in a process of its own.
 
-Triton decides at import whether it interprets, and no other test of this process may see that. To work on them:
-TRITON_INTERPRET=1 pytest tests/kernels/interpreted
+Once in Triton's interpreter, which says whether the arithmetic is right. Triton decides at import whether it
+interprets, and no other test of this process may see that. To work on them: TRITON_INTERPRET=1 pytest
+tests/kernels/interpreted. And compiled for GPUs, their PTX interpreted (benchmarks/ptx), which says whether what a GPU
+would execute is right: layouts of fragments, shared memory, barriers, addresses. RUN_PTX=90 pytest
+tests/kernels/interpreted.
 """
 
 from __future__ import annotations
@@ -18,3 +21,20 @@ FOLDER = Path(__file__).parent / "interpreted"
 @pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("test_*.py")))
 def test_in_the_interpreter(name, run_alone):
     run_alone(FOLDER / name, TRITON_INTERPRET="1")
+
+
+# sm_80 and sm_90 multiply matrices with different instructions. sm_100 and sm_120 have the exact path only, and of
+# sm_100 the machine does not know the instructions of large tiles.
+@pytest.mark.parametrize(
+    ("name", "target", "chosen"),
+    [
+        ("pieces", 90, ""),
+        ("columns", 90, ""),
+        ("delta_linear", 80, ""),
+        ("delta_linear", 90, ""),
+        ("delta_linear", 100, "exact and not base"),
+        ("delta_linear", 120, "exact or prefill"),
+    ],
+)
+def test_as_ptx(name, target, chosen, run_alone):
+    run_alone(FOLDER / f"test_{name}.py", RUN_PTX=str(target), PYTEST_ADDOPTS=f"-k '{chosen}'" if chosen else "")

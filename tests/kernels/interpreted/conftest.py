@@ -1,13 +1,19 @@
-"""Kernels on a CPU, in Triton's interpreter, which has to be chosen before triton is imported: see test_interpreted.py.
+"""Kernels on a CPU: see test_interpreted.py.
 
-The interpreter has no inline assembly; what the kernels use of it is emulated here, after the PTX ISA.
+Either in Triton's interpreter, which has to be chosen before triton is imported. It has no inline assembly; what the
+kernels use of it is emulated here, after the PTX ISA. Or compiled for a GPU, and their PTX run instruction by
+instruction (benchmarks/ptx), where RUN_PTX names its compute capability.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +21,9 @@ import pytest
 from bitdelta_compile.kernels import layout
 from bitdelta_compile.kernels.testing import Bank, random_bank
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+COMPILED_FOR = os.environ.get("RUN_PTX")
+
+if os.environ.get("TRITON_INTERPRET") != "1" and COMPILED_FOR is None:
     collect_ignore_glob = ["*"]
 
 _BINARY = re.compile(r"mma\.sync\.aligned\.m16n8k256\S*\.and\.popc " + ", ".join([r"\{([^}]*)\}"] * 4) + ";")
@@ -101,10 +109,18 @@ def _logic(asm: str, pairs: list[np.ndarray]) -> np.ndarray:
 
 
 @pytest.fixture(autouse=True)
-def _inline_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
+def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if COMPILED_FOR is not None:
+        # The folder as a package under another name: it is not installed, and must not be on `sys.path`.
+        sys.modules["measured"] = ModuleType("measured")
+        sys.modules["measured"].__path__ = [str(Path(__file__).parents[3] / "benchmarks")]
+        with importlib.import_module("measured.ptx.launch").launches(int(COMPILED_FOR)):
+            yield
+        return
     import triton.runtime.interpreter as interpreter
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", _emulate)
+    yield
 
 
 @pytest.fixture

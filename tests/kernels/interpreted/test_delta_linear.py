@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 # the interpreter's own, with loop bounds known at run time
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
+FORM = "asm" if "RUN_PTX" in os.environ else "interpreted"
 SMALL = configs.Exact(1, 2, 2, 8, 1)
 EXACT = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
@@ -21,7 +23,7 @@ def binary(config: configs.Binary, wide: bool = False) -> configs.Plan:
 
 
 def exact(config: configs.Exact, splits: int, *, is_sorted: bool = False) -> configs.Plan:
-    return configs.Plan(config, splits=splits, sorted=is_sorted, form="interpreted")
+    return configs.Plan(config, splits=splits, sorted=is_sorted, form=FORM)
 
 
 def worst(found: Tensor, expected: Tensor) -> float:
@@ -222,7 +224,7 @@ def test_base_in_the_same_launch(bank, packed, kind, monkeypatch):
             plan = PLANS[kind][0]
             return delta_linear.delta_linear(rows, *packed(signs, 300), index, plan, weight=weight) + bias
         config = configs.FUSED_DECODE[int(kind == "fused groups")]
-        plan = configs.Plan(config, wide=True, form="interpreted")
+        plan = configs.Plan(config, wide=True, form=FORM)
         return fused.base_delta_linear(rows, weight, bias, *packed(signs, 300), index, plan)
 
     found = run(x, tenant, tensors)

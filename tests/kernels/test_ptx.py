@@ -1,0 +1,190 @@
+"""The PTX machine itself: what a GPU would refuse, or answer differently from time to time, is an error here."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+# The folder as a package under another name: it is not installed, and the repository must not be on `sys.path`.
+sys.modules["measured"] = ModuleType("measured")
+sys.modules["measured"].__path__ = [str(Path(__file__).parents[2] / "benchmarks")]
+launch = importlib.import_module("measured.ptx.launch")
+Fault = importlib.import_module("measured.ptx.memory").Fault
+
+THREADS = 64
+
+
+def written(body: str) -> SimpleNamespace:
+    """A kernel of two pointers, in PTX, as Triton gives one; `%rd1`, `%rd2`: they, `%r1`: the thread."""
+    text = f"""
+.visible .entry kernel(
+	.param .u64 .ptr .global .align 1 kernel_param_0,
+	.param .u64 .ptr .global .align 1 kernel_param_1
+)
+.reqntid {THREADS}
+{{
+	.reg .b32 %r<9>;
+	ld.param.b64 %rd1, [kernel_param_0];
+	ld.param.b64 %rd2, [kernel_param_1];
+	mov.u32 %r1, %tid.x;
+	mul.wide.u32 %rd3, %r1, 4;
+	add.s64 %rd4, %rd1, %rd3;
+	add.s64 %rd5, %rd2, %rd3;
+	shl.b32 %r2, %r1, 2;
+	{body}
+	ret;
+}}
+"""
+    return SimpleNamespace(
+        asm={"ptx": text}, src=SimpleNamespace(constants={}), metadata=SimpleNamespace(shared=4 * THREADS)
+    )
+
+
+def run(body: str) -> torch.Tensor:
+    x, y = torch.arange(THREADS, dtype=torch.int32), torch.zeros(THREADS, dtype=torch.int32)
+    launch.execute(written(body), [x, y], (1,))
+    return y
+
+
+def test_threads_that_branch_apart_meet_again():
+    """Each counts down from its own number, and all are together at the sum over their warp."""
+    found = run("""
+	ld.global.b32 %r3, [%rd4];
+	mov.b32 %r4, 0;
+$L__again:
+	setp.eq.s32 %p1, %r3, 0;
+	@%p1 bra $L__done;
+	add.s32 %r3, %r3, -1;
+	add.s32 %r4, %r4, 2;
+	bra.uni $L__again;
+$L__done:
+	redux.sync.add.s32 %r5, %r4, -1;
+	st.global.b32 [%rd5], %r5;
+""")
+    assert found.tolist() == [31 * 32] * 32 + [31 * 32 + 32 * 64] * 32
+
+
+SWAPPED = """
+	ld.global.b32 %r3, [%rd4];
+	st.shared.b32 [%r2], %r3;
+	{barrier}
+	xor.b32 %r4, %r2, {distance};
+	ld.shared.b32 %r5, [%r4];
+	st.global.b32 [%rd5], %r5;
+"""
+
+
+def test_a_barrier_between_warps_is_needed():
+    there = torch.arange(THREADS, dtype=torch.int32)
+    assert torch.equal(run(SWAPPED.format(barrier="bar.sync 0;", distance=128)), there ^ 32)
+    assert torch.equal(run(SWAPPED.format(barrier="", distance=4)), there ^ 1)  # within a warp
+    with pytest.raises(Fault, match=r"reads from shared memory what another wrote.*ld\.shared\.b32 %r5"):
+        run(SWAPPED.format(barrier="", distance=128))
+    with pytest.raises(Fault, match="writes to shared memory what another wrote or read"):
+        run(SWAPPED.format(barrier="bar.sync 0;", distance=128) + "st.shared.b32 [%r2], %r2;")
+
+
+def test_a_barrier_that_some_threads_miss():
+    with pytest.raises(Fault, match="by some of a block's threads only"):
+        run("setp.lt.u32 %p1, %r1, 32; @%p1 bra $L__over; bar.sync 0;\n$L__over:\nmov.b32 %r3, 1;")
+    with pytest.raises(Fault, match="threads are not together"):
+        run("setp.lt.u32 %p1, %r1, 7; @%p1 bra $L__over; redux.sync.add.s32 %r3, %r1, -1;\n$L__over:\nmov.b32 %r4, 1;")
+
+
+COPIED = """
+	cp.async.ca.shared.global [%r2], [%rd4], 0x4, {width};
+	cp.async.commit_group;
+	{wait}
+	ld.shared.b32 %r3, [%r2];
+	st.global.b32 [%rd5], %r3;
+"""
+
+
+def test_what_is_copied_is_there_once_it_was_waited_for():
+    there = torch.arange(THREADS, dtype=torch.int32)
+    wait = "cp.async.wait_group 0;"
+    assert torch.equal(run(COPIED.format(width="4", wait=wait).replace(", 4;", ";")), there)
+    assert not run("mov.b32 %r6, 0;" + COPIED.format(width="%r6", wait=wait)).any()
+    early = run(COPIED.format(width="4", wait="cp.async.wait_group 1;").replace(", 4;", ";"))
+    assert not (early == there).any()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("ld.global.b32 %r3, [%rd4+4];", "in none of the tensors"),
+        ("ld.global.b32 %r3, [%rd4+-4];", "in none of the tensors"),
+        ("st.global.b32 [%rd4+65536], %r1;", "in none of the tensors"),
+        ("ld.global.v2.b32 {%r3, %r4}, [%rd4];", "not a multiple of the 8 bytes"),
+        ("st.global.b32 [%rd2], %r1;", "different values at one address"),
+        ("st.shared.b32 [%r2+4], %r1;", "outside of the block's shared memory"),
+        ("mov.b32 %r3, 0; st.shared.b32 [%r3], %r1;", "different values at one place"),
+        ("ld.global.b32 %r3, [%rd9];", "not a multiple|in none of the tensors"),
+    ],
+)
+def test_stray_accesses(body, message):
+    with pytest.raises(Fault, match=message):
+        run(body)
+
+
+def test_an_unknown_instruction_is_named():
+    with pytest.raises(NotImplementedError, match=r"does not know tcgen05\.cp %r1"):
+        run("tcgen05.cp %r1;")
+
+
+@triton.jit
+def softmax(x_ptr, y_ptr, n, N: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(x_ptr + tl.program_id(0) * n + at, mask=at < n, other=float("-inf")).to(tl.float32)
+    e = tl.exp(x - tl.max(x, 0))
+    tl.store(y_ptr + tl.program_id(0) * n + at, e / tl.sum(e, 0), mask=at < n)
+
+
+@triton.jit
+def product(a_ptr, b_ptr, c_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    a = tl.load(a_ptr + m[:, None] * K + k[None, :])
+    b = tl.load(b_ptr + k[:, None] + n[None, :] * K)
+    tl.store(c_ptr + m[:, None] * N + n[None, :], tl.dot(a, b))
+
+
+@pytest.mark.parametrize("target", [80, 90, 120])
+def test_kernels_that_are_not_ours(target):
+    x = torch.randn(3, 300)
+    y = torch.empty_like(x)
+    a, b = torch.randn(64, 64).bfloat16(), torch.randn(32, 64).bfloat16()
+    c = torch.empty(64, 32)
+    with launch.launches(target):
+        softmax[3,](x, y, 300, N=512)
+        product[1,](a, b, c, M=64, N=32, K=64)
+    torch.testing.assert_close(y, x.softmax(-1))
+    torch.testing.assert_close(c, a.float() @ b.float().T)
+
+
+def test_blocks_may_run_in_any_order():
+    x = torch.randn(5, 40)
+    y = torch.empty_like(x)
+    with launch.launches(90, together=2):
+        softmax[5,](x, y, 40, N=64)
+    torch.testing.assert_close(y, x.softmax(-1))
+
+
+def test_without_its_barriers_a_kernel_of_triton_is_refused():
+    x = torch.randn(1, 300)
+    with launch.launches(90):
+        compiled = softmax.run(x, torch.empty_like(x), 300, N=512, grid=(1,), warmup=True)
+    changed = SimpleNamespace(
+        asm={"ptx": re.sub(r"bar\.sync\s+0;", "", compiled.asm["ptx"])}, src=compiled.src, metadata=compiled.metadata
+    )
+    assert changed.asm["ptx"] != compiled.asm["ptx"]
+    with pytest.raises(Fault, match="without a barrier in between"):
+        launch.execute(changed, [x, torch.empty_like(x), 300, 512], (1,))
