@@ -312,7 +312,7 @@ def _size(kind: str) -> int:
 def _load(instruction: Instruction) -> Step:
     space, kind = instruction.parts[1], instruction.parts[-1]
     size = _size(kind)
-    target, source = instruction.operands
+    target, source, *_ = instruction.operands  # a third is a hint to the caches
     registers = _vector(target)
     if space == "param":
 
@@ -347,7 +347,7 @@ def _extended(values: Array, kind: str, register: object) -> Array:
 
 def _store(instruction: Instruction) -> Step:
     space, kind = instruction.parts[1], instruction.parts[-1]
-    target, source = instruction.operands
+    target, source, *_ = instruction.operands
     kind = f"b{_size(kind) * 8}"
     if space not in ("global", "shared"):
         raise NotImplementedError(instruction.text)
@@ -383,11 +383,11 @@ def _atom(instruction: Instruction) -> Step:
 def _copy(instruction: Instruction) -> Step:
     mode = instruction.parts[2]
     if mode == "commit_group":
-        return lambda machine, mask: machine.shared.commit()
+        return lambda machine, mask: machine.shared.copies.commit(machine.active(mask))
     if mode in ("wait_group", "wait_all"):
         (left,) = instruction.operands or (0,)
         assert isinstance(left, int)
-        return lambda machine, mask: machine.shared.wait(left)
+        return lambda machine, mask: machine.shared.wait_for_copies(machine.active(mask), left)
     target, source, width, *some = instruction.operands
     assert isinstance(width, int)
 
@@ -482,11 +482,17 @@ def _mma(instruction: Instruction) -> Step:
 
 def _wgmma(instruction: Instruction) -> Step:
     mode = instruction.parts[1]
+    if mode == "commit_group":
+        return lambda machine, mask: machine.shared.reads.commit(machine.active(mask))
     if mode == "wait_group":
-        if instruction.operands == (0,):
-            return lambda machine, mask: machine.shared.reads_done()
-        return lambda machine, mask: None  # those that are waited for are taken for under way still
-    if mode != "mma_async":
+        (left,) = instruction.operands
+        assert isinstance(left, int)
+
+        def wait(machine: Machine, mask: Mask) -> None:
+            machine.shared.reads.wait(machine.active(mask), left)
+
+        return wait
+    if mode != "mma_async":  # a fence
         return lambda machine, mask: None
     target, a, b, adds, *scales = instruction.operands
     columns = int(instruction.parts[4].partition("n")[2].partition("k")[0])
@@ -557,4 +563,5 @@ _SPECIAL: dict[str, Callable[[Instruction], Step]] = {
     "setp": _setp, "selp": _selp, "bfe": _bfe, "lop3": _lop3, "prmt": _prmt, "cvt": _cvt, "ld": _load, "st": _store,
     "atom": _atom, "cp": _copy, "bar": _bar, "barrier": _bar, "shfl": _shfl, "redux": _redux, "mma": _mma,
     "wgmma": _wgmma, "ldmatrix": _matrices, "stmatrix": _matrices, "fence": _nothing,
+    "createpolicy": _nothing,
 }  # fmt: skip

@@ -84,7 +84,8 @@ def execute(
     )
     for part in parts:
         if len(part):
-            shared = SharedMemory(-(-compiled.metadata.shared // 16) * 16 or 16, len(part), count)
+            size = -(-compiled.metadata.shared // 16) * 16 or 16
+            shared = SharedMemory(size, len(part), len(part) * program.threads, count)
             machines.append(Machine(program, bits, sizes, part, memory, shared))
             machines[-1].run()
     return machines

@@ -77,33 +77,70 @@ class GlobalMemory:
 
 
 @dataclasses.dataclass
-class _Copy:
-    """A copy under way: bytes [k, width] for places [k] of shared memory, by these threads."""
+class _Access:
+    """What goes on beside the instructions: `size` bytes at each of `places` [k], for these threads.
+
+    Attributes:
+        group: [k], how many groups its thread had committed before.
+        data: what is written, bytes [k, size]; None for a read.
+    """
 
     places: Array
     threads: Array
-    data: Array
+    size: int
+    group: Array
+    data: Array | None = None
+
+    def some(self, chosen: Array) -> _Access:
+        data = None if self.data is None else self.data[chosen]
+        return _Access(self.places[chosen], self.threads[chosen], self.size, self.group[chosen], data)
+
+
+class _UnderWay:
+    """Accesses that go on until their thread waits for the group that it committed them in."""
+
+    def __init__(self, threads: int) -> None:
+        self._committed = np.zeros(threads, np.int64)
+        self.accesses: list[_Access] = []
+
+    def begin(self, places: Array, threads: Array, size: int, data: Array | None = None) -> None:
+        self.accesses.append(_Access(places, threads, size, self._committed[threads], data))
+
+    def commit(self, threads: Array) -> None:
+        self._committed[threads] += 1
+
+    def wait(self, threads: Array, left: int) -> list[_Access]:
+        """What is over once each of the threads has at most `left` groups under way."""
+        over = np.zeros(len(self._committed), np.int64)
+        over[threads] = self._committed[threads] - left
+        ended = [(each, each.group < over[each.threads]) for each in self.accesses]
+        self.accesses = [each.some(~done) for each, done in ended if not done.all()]
+        return [each.some(done) for each, done in ended if done.any()]
 
 
 class SharedMemory:
     """Shared memory of all blocks that run, one after the other; filled with what nobody wants to see.
 
     Attributes:
+        copies: from global memory, under way.
+        reads: of matrix instructions, under way.
         conflicts: passes over the 32 banks beyond those that the number of bytes needs.
     """
 
     GRANULE = 2
 
-    def __init__(self, size: int, blocks: int, count: bool) -> None:
+    def __init__(self, size: int, blocks: int, threads: int, count: bool) -> None:
+        """
+        Args:
+            size: bytes of a block.  threads: of all blocks.  count: count conflicts.
+        """
         self.size = size
         self._count = count
         self._bytes = np.full(size * blocks, 0xA7, np.uint8)
         granules = size * blocks // self.GRANULE
         self._writer = np.zeros(granules, np.int32)  # 0: nobody since the last barrier, else warp + 1
         self._readers = np.zeros(granules, np.uint32)  # a bit for each warp of the block
-        self._group: list[_Copy] = []
-        self._groups: list[list[_Copy]] = []
-        self._reads: list[tuple[Array, Array, int]] = []
+        self.copies, self.reads = _UnderWay(threads), _UnderWay(threads)
         self.conflicts = 0
 
     def load(self, places: Array, threads: Array, size: int, count: int) -> Array:
@@ -127,30 +164,22 @@ class SharedMemory:
 
     def copy_later(self, places: Array, threads: Array, data: Array) -> None:
         """`data`, bytes [k, width], for each place [k], there once its group has been waited for."""
-        self._checked(places, data.shape[1], 1)
-        self._group.append(_Copy(places, threads, data))
+        width = data.shape[1]
+        self._checked(places, width, 1)
+        self._write(places, threads, width)
+        self.copies.begin(places, threads, width, data)
 
-    def commit(self) -> None:
-        self._groups.append(self._group)
-        self._group = []
-
-    def wait(self, left: int) -> None:
-        """Until at most `left` groups of copies are under way."""
-        while len(self._groups) > left:
-            for copy in self._groups.pop(0):
-                width = copy.data.shape[1]
-                self._write(copy.places, copy.threads, width)
-                self._bytes[copy.places[:, None] + np.arange(width)] = copy.data
+    def wait_for_copies(self, threads: Array, left: int) -> None:
+        for copy in self.copies.wait(threads, left):
+            assert copy.data is not None
+            self._write(copy.places, copy.threads, copy.size)
+            self._bytes[copy.places[:, None] + np.arange(copy.size)] = copy.data
 
     def read_until_waited_for(self, places: Array, threads: Array, size: int) -> Array:
         """`size` bytes at each place, by a matrix instruction that runs on: uint8 [k, size]."""
-        self._reads.append((places, threads, size))
+        self.reads.begin(places, threads, size)
         self._read(places, threads, size)
         return self._bytes[self._checked(places, 1, size)]
-
-    def reads_done(self) -> None:
-        """All matrix instructions have been waited for."""
-        self._reads.clear()
 
     def barrier(self, blocks: Array | None) -> None:
         """All threads of `blocks` (None: of all) have met."""
@@ -162,8 +191,8 @@ class SharedMemory:
                 part = slice(block * self.size // self.GRANULE, (block + 1) * self.size // self.GRANULE)
                 self._writer[part] = 0
                 self._readers[part] = 0
-        for places, threads, size in self._reads:
-            self._read(places, threads, size)
+        for read in self.reads.accesses:
+            self._read(read.places, read.threads, read.size)
 
     def _checked(self, places: Array, size: int, count: int) -> Array:
         """Where the `count` words of `size` bytes at each place are: [k, count]."""

@@ -178,6 +178,23 @@ def test_blocks_may_run_in_any_order():
     torch.testing.assert_close(y, x.softmax(-1))
 
 
+@pytest.mark.parametrize("together", [1, 3])
+def test_whichever_program_comes_last_adds_up_the_same(together):
+    from bitdelta_compile.kernels import configs, fused, layout
+    from bitdelta_compile.kernels.testing import random_bank
+
+    signs, row_scale, *_ = random_bank(2, 1, 70, 700)
+    packed = layout.to_layout(signs, 700, layout.FRAGMENTS)
+    x, weight, bias = (torch.randn(size).bfloat16() for size in ((3, 700), (70, 700), (70,)))
+    tenant = torch.tensor([1, -1, 0], dtype=torch.int32)
+    plan = configs.Plan(configs.FUSED_DECODE[0])
+    found = []
+    for blocks in (None, together):
+        with launch.launches(90, together=blocks):
+            found.append(fused.base_delta_linear(x, weight, bias, packed, row_scale, None, None, None, tenant, plan))
+    assert torch.equal(*found)
+
+
 def test_without_its_barriers_a_kernel_of_triton_is_refused():
     x = torch.randn(1, 300)
     with launch.launches(90):

@@ -235,3 +235,22 @@ def test_base_in_the_same_launch(bank, packed, kind, monkeypatch):
     counters = [tensor for tensor in made if tensor.dim() == 1 and tensor.dtype == torch.int32]
     assert len(counters) == (2 if kind.startswith("fused") else 0)
     assert not any(tensor.any() for tensor in counters), "the next launch of a graph counts from there"
+
+
+@pytest.mark.parametrize("kind", ["fused", "fused groups", "exact", "prefill"])
+def test_a_base_of_two_bytes_and_many_steps(bank, packed, kind):
+    """More steps than loads are under way at a time, in every part of K."""
+    tensors = bank(3, 1, 70, 1400)
+    tenant = torch.tensor([2, -1, 0, 2, 2], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(10)
+    x, weight = (torch.randn(size, generator=generator).bfloat16() for size in ((5, 1400), (70, 1400)))
+    arguments = (*packed(tensors, 1400), tenant)
+    if kind.startswith("fused"):
+        config = configs.FUSED_DECODE[int(kind == "fused groups")]
+        assert config.part(1400) > config.STAGES * config.BK
+        found = fused.base_delta_linear(x, weight, None, *arguments, configs.Plan(config, form=FORM))
+    else:
+        plan = exact(*((SMALL, 1) if kind == "exact" else (configs.PREFILL[0], 1)), is_sorted=kind == "prefill")
+        found = delta_linear.delta_linear(x, *arguments, plan, weight=weight)
+    base = torch.nn.functional.linear(x.double(), weight.double())
+    assert worst(found, base + reference.delta_linear(x, *tensors, tenant)) < 2e-2

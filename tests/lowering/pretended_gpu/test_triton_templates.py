@@ -268,12 +268,22 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_generated_code_is_right(name, results):
-    problem = PROBLEMS[name]
-    for call, (found,) in zip(problem.calls, results[name], strict=True):
+    check(PROBLEMS[name], results[name])
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_compiled_code_is_right(name):
+    """What runs here is what a GPU would run: its PTX."""
+    code, inputs = generate(PROBLEMS[name], interpreted=False)
+    check(PROBLEMS[name], [without_gpu.run(code, each, 90) for each in inputs])
+
+
+def check(problem, results):
+    for call, (found,) in zip(problem.calls, results, strict=True):
         expected = problem.expected(*problem.inputs(call))
         assert found.dtype == problem.dtype
         error = (found.double() - expected).norm() / expected.norm()
-        assert error < problem.tolerance, (name, float(error))
+        assert error < problem.tolerance, float(error)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

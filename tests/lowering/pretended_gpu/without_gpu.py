@@ -1,14 +1,16 @@
 """What Inductor generates for a CUDA device, made, run and compiled on a machine that has none.
 
 `generated` compiles a function for fake tensors on a pretended H200 and returns the Python that Inductor would load.
-`run` executes that code on CPU tensors, its Triton kernels in Triton's interpreter (start Python with
-TRITON_INTERPRET=1). `assemble` compiles its Triton kernels for a real target (start Python without).
+`run` executes that code on CPU tensors: its Triton kernels in Triton's interpreter (start Python with
+TRITON_INTERPRET=1), or compiled for a real target and their PTX interpreted (start Python without). `assemble` compiles
+a Triton kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import re
 import warnings
@@ -178,14 +180,15 @@ def on_gpu(
 
 @dataclasses.dataclass
 class Kernel:
-    """One Triton kernel of the generated code: the function, and what its decorator was told."""
+    """One Triton kernel of the generated code: the function, what its decorator was told, and what it is run as."""
 
     function: Any
     kind: str
     told: dict[str, Any]
+    capability: int | None
 
     def run(self, *args: Any, stream: int) -> None:
-        """Launch in the interpreter; what follows the kernel's own arguments is the grid."""
+        """Launch; what follows the kernel's own arguments is the grid."""
         parameters = inspect.signature(self.function.fn).parameters
         constants = {name for name, parameter in parameters.items() if "constexpr" in str(parameter.annotation)}
         names = [name for name in parameters if name not in constants]
@@ -199,11 +202,20 @@ class Kernel:
                 for axis in "xyz"
                 if f"{axis}numel" in given
             )
-        self.function[tuple(map(int, grid))](**given, **chosen)
+        if self.capability is None:
+            self.function[tuple(map(int, grid))](**given, **chosen)
+            return
+        given |= chosen
+        machine = importlib.import_module("measured.ptx.launch")
+        compiled = assemble(self, self.capability, chosen)
+        machine.execute(compiled, [given.get(name) for name in parameters], grid)
 
 
+@dataclasses.dataclass
 class _Compiler:
     """Stands in for Inductor's AsyncCompile."""
+
+    capability: int | None = None
 
     def triton(self, name: str, source: str, **kwargs: Any) -> Kernel:
         found: list[Kernel] = []
@@ -211,7 +223,7 @@ class _Compiler:
         def heuristic(kind: str) -> Callable[..., Any]:
             def told(**kwargs: Any) -> Callable[[Any], Any]:
                 def keep(function: Any) -> Any:
-                    found.append(Kernel(function, kind, kwargs))
+                    found.append(Kernel(function, kind, kwargs, self.capability))
                     return function
 
                 return keep
@@ -239,24 +251,28 @@ def _written(source: str) -> tuple[str, str]:
     return PyCodeCache.write(source, extra=f"without a GPU {id(object())} {torch.rand(1).item()}")
 
 
-def _module(code: str) -> dict[str, Any]:
+def _module(code: str, capability: int | None = None) -> dict[str, Any]:
     """The generated module, with CPU tensors for CUDA's and our kernels for compiled ones."""
     code = code.replace("_empty_strided_cuda", "_empty_strided_cpu").replace("AsyncCompile()", "_compiler")
     code = re.sub(r"with torch\.cuda\._DeviceGuard\(\d+\)", "with _no_guard()", code)
     scope: dict[str, Any] = {
         "__name__": "generated",
         "__file__": "generated",
-        "_compiler": _Compiler(),
+        "_compiler": _Compiler(capability),
         "_no_guard": contextlib.nullcontext,
     }
     exec(compile(code, "generated", "exec"), scope)
     return scope
 
 
-def run(code: str, inputs: Sequence[Any]) -> list[torch.Tensor]:
-    """Results of the generated code on CPU tensors; sizes that the code takes come first, as it wants them."""
+def run(code: str, inputs: Sequence[Any], capability: int | None = None) -> list[torch.Tensor]:
+    """Results of the generated code on CPU tensors; sizes that the code takes come first, as it wants them.
+
+    Args:
+        capability: what the kernels are compiled for, None for Triton's interpreter.
+    """
     with pretended_gpu():
-        return list(_module(code)["call"](list(inputs)))
+        return list(_module(code, capability)["call"](list(inputs)))
 
 
 def kernels(code: str) -> dict[str, Kernel]:
@@ -265,13 +281,17 @@ def kernels(code: str) -> dict[str, Kernel]:
         return {name: value for name, value in _module(code).items() if isinstance(value, Kernel)}
 
 
-def assemble(kernel: Kernel, capability: int = 90) -> Any:
-    """The kernel compiled for sm_`capability`; not loops over elements, whose block sizes are chosen at run time."""
+def assemble(kernel: Kernel, capability: int = 90, chosen: Mapping[str, Any] | None = None) -> Any:
+    """The kernel compiled for sm_`capability`.
+
+    Args:
+        chosen: constants of loops over elements, whose block sizes are chosen at run time.
+    """
     meta = kernel.told["triton_meta"]
     options = {name: kernel.told[name] for name in ("num_warps", "num_stages") if name in kernel.told}
     for chosen in kernel.told.get("configs", ()):
         options |= {name: chosen[name] for name in ("num_warps", "num_stages") if name in chosen}
-    constants = dict(meta["constants"])
+    constants = {**meta["constants"], **(chosen or {})}
     signature = {name: "constexpr" if name in constants else kind for name, kind in meta["signature"].items()}
     (attributes,) = meta["configs"]
     source = ASTSource(kernel.function, signature=signature, constexprs=constants, attrs=dict(attributes))
