@@ -38,7 +38,7 @@ class Machine:
         threads, count: of a block, and of all blocks.
         registers: by name, unsigned arrays or arrays of bool over all threads.
         memory, shared: what they reach.
-        executed: thread-instructions.
+        executed: for each of the program's instructions, how many threads executed it.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Machine:
         self.threads, self.count = program.threads, program.threads * len(blocks)
         self.index = np.arange(self.count)
         self.block = self.index // self.threads
-        self.executed = 0
+        self.executed = [0] * len(program.instructions)
         self.registers: dict[str, Array] = {}
         self._left = np.zeros(self.count, bool)
         thread = (self.index % self.threads).astype(np.uint32)
@@ -97,9 +97,9 @@ class Machine:
                     chosen = self._guarded(instruction, mask)
                     if chosen is None or chosen.any():
                         step(self, chosen)
-                        self.executed += self.count if chosen is None else int(chosen.sum())
+                        self.executed[place] += self.count if chosen is None else int(chosen.sum())
                 except (Fault, KeyError, ValueError, AssertionError) as error:
-                    raise Fault(f"{error}: {instruction.text}") from error
+                    raise Fault(f"{error}: {instruction.text} ({instruction.source})") from error
                 place += 1
                 if place >= after:
                     waiting[place] = _either(mask, waiting.get(place), place in waiting)

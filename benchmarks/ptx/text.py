@@ -27,6 +27,7 @@ class Instruction:
         guard: the predicate register that has to be `wanted`, None for always.
         parts: its name at the dots: ("add", "s32").
         text: as it was written.
+        source: the line of Triton that it comes from, "file.py:line"; empty where that is not said.
     """
 
     guard: str | None
@@ -34,6 +35,7 @@ class Instruction:
     parts: tuple[str, ...]
     operands: tuple[Operand, ...]
     text: str
+    source: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,22 +75,26 @@ def parse(text: str) -> Program:
     (threads,) = re.findall(r"\.reqntid (\d+)", directives)
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
+    source = ""
+    body = re.sub(r"^\s*\.loc\b[^\n]*// (\S+\.py:\d+)[^\n]*", r"#\1;", body, flags=re.MULTILINE)
     body = re.sub(r"//[^\n]*|^\s*\.(?:loc|file)\b[^\n]*", "", body, flags=re.MULTILINE)
     for raw in body.split(";"):
         statement = " ".join(raw.split()).lstrip("}{ ")  # a scope begins or ends; its registers are ours to share
         while label := re.match(r"(\$\w+): *", statement):
             labels[label[1]] = len(instructions)
             statement = statement[label.end() :].lstrip("}{ ")
-        if statement and not statement.startswith("."):
-            instructions.append(_instruction(statement))
+        if statement.startswith("#"):
+            source = statement[1:]
+        elif statement and not statement.startswith("."):
+            instructions.append(_instruction(statement, source))
     return Program(parameters, int(threads), tuple(instructions), labels)
 
 
-def _instruction(statement: str) -> Instruction:
+def _instruction(statement: str, source: str) -> Instruction:
     found = re.fullmatch(r"(?:@(!?)(%\w+) )?(\S+) ?(.*)", statement)
     assert found is not None, statement
     operands = tuple(_operand(text.strip()) for text in _OPERAND.findall(found[4]))
-    return Instruction(found[2], found[1] != "!", tuple(found[3].split(".")), operands, statement)
+    return Instruction(found[2], found[1] != "!", tuple(found[3].split(".")), operands, statement, source)
 
 
 def _operand(text: str) -> Operand:
