@@ -41,16 +41,17 @@ def bits_kernel(
             return
         col_ptr += (slot.to(tl.int64) * XP + line % XP) * K
     x_ptr += row.to(tl.int64) * x_stride
-    largest = 0.0
-    total = 0.0
-    odd = 0
+    # As integers, magnitudes have the order of the numbers, and what is not finite comes after all that is. Each thread
+    # keeps its own until the end: what reduces meets at barriers.
+    magnitudes = tl.zeros((BK,), tl.int32)
+    totals = tl.zeros((BK,), tl.float32)
     for start in range(0, K, BK):
-        part = tl.abs(scaled_x(x_ptr, col_ptr, start + tl.arange(0, BK), K, COL))
-        finite = part < float("inf")
-        part = tl.where(finite, part, 0.0)
-        largest = tl.maximum(largest, tl.max(part, 0))
-        total += tl.sum(part, 0)
-        odd += tl.sum((finite == 0).to(tl.int32), 0)
+        part = scaled_x(x_ptr, col_ptr, start + tl.arange(0, BK), K, COL)
+        magnitudes = tl.maximum(magnitudes, part.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        if not WIDE:
+            totals += tl.abs(part)
+    most = tl.max(magnitudes, 0)
+    largest = most.to(tl.float32, bitcast=True)
     # A power of two, so that whatever has no more bits than fit stays exact; x of 1e-30 and less counts as 0. Where one
     # entry towers over the others these are rounded anyway, and the finest step there is serves them better.
     TOP: tl.constexpr = 23 if WIDE else 15
@@ -58,7 +59,7 @@ def bits_kernel(
     scale = (exponent << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     if not WIDE:
-        towers = largest * K > 16.0 * total
+        towers = largest * K > 16.0 * tl.sum(totals, 0)
         scale = tl.where(towers, largest / 32767.0, scale)
         inverse = tl.where(towers, 32767.0 / tl.maximum(largest, 1e-30), inverse)
     tiny = largest <= 1e-30
@@ -75,16 +76,16 @@ def bits_kernel(
         tl.store(sums_ptr + (line * chunks + chunk) * 2 + 1, tl.sum(tl.sum(whole >> 16, 1), 0))
     tl.store(sums_ptr + (line * chunks + chunk) * 2, tl.sum(tl.sum(low, 1), 0))
     if chunk == 0:
-        tl.store(scale_ptr + line, tl.where(odd > 0, float("nan"), tl.where(tiny, 0.0, scale)))
+        tl.store(scale_ptr + line, tl.where(most >= 0x7F800000, float("nan"), tl.where(tiny, 0.0, scale)))
     block = chunk * 2 + word // 8
-    g = tl.arange(0, 8)
     depth: tl.constexpr = 128 * (1 + WIDE)
     place = (line.to(tl.int64) * stored + block) * depth + word % 4 * 4 + word % 8 // 4
-    for s in tl.static_range(2 + WIDE):
-        plane = (whole[:, :, None] >> (g + 8 * s)[None, None, :]) & 1
-        packed = tl.sum(plane << bit[None, :, None], 1)  # [16, 8]
-        pair = bits_ptr + (s // 2 * 128 + s % 2 * 2)
-        tl.store(pair + place[:, None] + (g * 16)[None, :], packed, mask=(block < stored)[:, None])
+    made = tl.zeros((16, 32), tl.int32)  # [word, plane]
+    for plane in tl.static_range(16 + 8 * WIDE):
+        packed = tl.sum((whole >> plane & 1) << bit[None, :], 1)
+        made = tl.where((bit == plane)[None, :], packed[:, None], made)
+    place = place[:, None] + (bit // 16 * 128 + bit // 8 % 2 * 2 + bit % 8 * 16)[None, :]
+    tl.store(bits_ptr + place, made, mask=(block < stored)[:, None] & (bit < 16 + 8 * WIDE)[None, :])
 
 
 @triton.jit
