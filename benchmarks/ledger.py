@@ -84,14 +84,16 @@ def entries() -> Iterator[Entry]:
                 (" ragged", odd, 1, False, (90,)),
                 (" with base", even, 1, True, (90,)),
             )
-            if exact == configs.PREFILL[1]:  # an entry for sm_100, which only autotuning could take elsewhere
+            if exact == configs.PREFILL[2]:  # an entry for sm_100, which only autotuning could take elsewhere
                 forms = ((" of sm_100", even, 1, False, (90, 100)),)
             for form, constants, splits, base, targets in forms:
                 constants = {**_sizes(exact.of_parts(splits)), **constants, **indexed, "SPLITS": splits, "BASE": base}
                 constants |= {"SORTED": is_sorted, "SP": 32, "FORM": "asm"}
                 name = f"{'prefill' if is_sorted else 'exact'} {_label(exact)}{form}"
-                if exact == configs.PREFILL[0]:  # see there
+                if exact in configs.PREFILL[:2]:  # see there
                     targets = tuple(target for target in targets if target != 100)
+                if exact == configs.PREFILL[0]:
+                    targets = tuple(target for target in targets if target != "gfx942")
                 yield Entry(
                     name, "delta_linear", "exact_kernel", constants, exact.warps, exact.STAGES, targets, exact, splits
                 )
@@ -147,8 +149,8 @@ def count(entry: Entry, target: int | str, compiled: Any) -> Record:
     """The entry's line of the ledger.
 
     Fields `per_weight` (thread-instructions of the hot loop per weight, on the binary path also per row of a group;
-    only where there is a loop of MMAs), `registers`, `shared` bytes, `spills` (accesses to local memory), `loop` (its
-    commonest instructions).
+    only where there is a loop of MMAs), `under_way` (copies to shared memory that its wait leaves under way), `registers`,
+    `shared` bytes, `spills` (accesses to local memory), `loop` (its commonest instructions).
     """
     record: Record = {"entry": entry.name, "target": f"sm_{target}" if isinstance(target, int) else target}
     record["shared"] = compiled.metadata.shared
@@ -165,6 +167,8 @@ def count(entry: Entry, target: int | str, compiled: Any) -> Record:
     if entry.config is not None and loop and target < 100:
         record["per_weight"] = len(loop) * 32 / weights(entry, loop)
         record["loop"] = dict(collections.Counter(_name(text) for text in loop).most_common(8))
+        if waits := re.findall(r"DEPBAR\.LE SB\d, (\w+)", "\n".join(loop)):
+            record["under_way"] = min(int(count, 16) for count in waits)
     return record
 
 

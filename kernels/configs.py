@@ -89,11 +89,13 @@ class Fused:
 
 # One row of each slot; the second for grids too small to fill a GPU; the third where several rows share a slot.
 BINARY_DECODE = (Binary(4, 1, 1, 4, 1), Binary(2, 1, 1, 8, 1), Binary(2, 4, 1, 4, 1))
-EXACT_DECODE = (Exact(2, 4, 2, 8, 2),)
+# With three stages a step's loads are under way while the step before is multiplied; with two, Triton 3.6 waits for all.
+EXACT_DECODE = (Exact(2, 4, 2, 8, 3),)
 FUSED_DECODE = (Fused(BINARY_DECODE[0], 64, 4, 4), Fused(BINARY_DECODE[2], 64, 4, 4))
-# Signs are a sixteenth of x's bytes: many outputs and few rows ask least of the caches. What is larger spills. The
-# second is for sm_100: with four warps Triton keeps the signs of all 16 bits in tensor memory, twice what there is.
-PREFILL = (Exact(4, 4, 1, 32, 1), Exact(2, 2, 2, 32, 1))
+# Signs are a sixteenth of x's bytes: many outputs ask least of the caches. What is larger spills. The second is for few
+# rows of each slot, and for AMD, which has less shared memory. The third is for sm_100: with four warps Triton keeps the signs of all 16 bits in tensor memory,
+# twice what there is.
+PREFILL = (Exact(2, 8, 1, 64, 3), Exact(2, 8, 1, 32, 3), Exact(2, 2, 2, 32, 3))
 FIT_COLUMNS = 16  # columns of weights that a fit's kernel holds in registers; with 32 they spill
 
 
@@ -189,7 +191,11 @@ def choose(
     if not has_kernels(arch) or not (rows and outputs and features):
         return None
     form = "asm" if isinstance(arch, int) else "plain"
-    many = PREFILL[1 if isinstance(arch, int) and 100 <= arch < 120 else 0]
+    many = PREFILL[1]
+    if isinstance(arch, int) and 100 <= arch < 120:
+        many = PREFILL[2]
+    elif isinstance(arch, int) and rows >= slots * PREFILL[0].BM:
+        many = PREFILL[0]
     if rows > DECODE_ROWS:
         parts = splits(dtype, column, exact)
         return Plan(many.of_parts(parts), splits=parts, sorted=True, form=form)

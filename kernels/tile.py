@@ -262,9 +262,7 @@ def exact_product(
         wanted = (at < stored)[:, None] & (column < BM)[None, :]
         half += tl.load(halves_ptr + row_of[None, :] * stored + at[:, None], mask=wanted, other=0.0)
     acc = tl.zeros((R * W * 16, PARTS * BM), tl.float32) - tl.sum(half, 0)[None, :]
-    # Loads of many columns for all bits at once, twice over, would not fit into shared memory.
-    AHEAD: tl.constexpr = STAGES if PARTS * BM <= 16 else 1
-    for step in tl.range(0, live * ((blocks + U - 1) // U), num_stages=AHEAD):
+    for step in tl.range(0, live * ((blocks + U - 1) // U), num_stages=STAGES):
         block = step * U
         if EVEN:
             words = tl.load(signs + block * 256)

@@ -146,12 +146,13 @@ def exact_delta(
     total = tl.zeros((R * W * 16, BM), tl.float32)
     for p in range(P):
         plane = slot.to(tl.int64) * P + p
-        row_scale = tl.load(row_scale_ptr + plane * N + n, mask=n < N, other=0.0)
-        live = is_live(row_scale, P > 1)
+        row_scales = row_scale_ptr + plane * N + n
+        live = is_live(tl.load(row_scales, mask=n < N, other=0.0), P > 1)
         product = exact_product(
             signs_ptr + plane * tiles * width, words_ptr, halves_ptr, row * XP + tl.minimum(p, XP - 1), tile, tiles,
             width, blocks, live, R, W, U, BM, SPLITS, HALF, EVEN, FORM, STAGES,
         )  # fmt: skip
+        row_scale = tl.load(row_scales, mask=n < N, other=0.0)  # here, so that the loop has its registers
         share = product * row_scale[:, None]
         if P > 1:
             share = tl.where(row_scale[:, None] != 0, share, 0.0)

@@ -26,11 +26,12 @@ HOT_LOOP = {  # thread-instructions per weight on sm_90
     "exact 3 parts": 0.85,
     "exact ragged": 0.9,
     "exact with base": 0.85,
-    "prefill": 0.97,
-    "prefill 3 parts": 0.97,
-    "prefill ragged": 0.98,
-    "prefill with base": 0.97,
+    "prefill": 1.4,  # for 32 or 64 rows at once
+    "prefill 3 parts": 1.4,
+    "prefill ragged": 1.4,
+    "prefill with base": 1.4,
 }
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KiB that a program can have
 
 
 @pytest.mark.parametrize(("entry", "target"), ENTRIES, ids=[f"{entry.name}-{target}" for entry, target in ENTRIES])
@@ -38,7 +39,7 @@ def test_every_entry_compiles_and_keeps_its_limits(entry, target):
     compiled = ledger.compile_for(entry, target)
     record = ledger.count(entry, target, compiled)
     assert record["spills"] == 0
-    assert record["shared"] <= (64 << 10 if target == "gfx942" else 99 << 10)
+    assert record["shared"] <= SHARED[target] << 10
     kind = re.sub(r" [A-Z]+\d+", "", entry.name)  # without the entry of the table
     if target == 90 and kind in HOT_LOOP:
         assert record["per_weight"] <= HOT_LOOP[kind]
@@ -54,6 +55,7 @@ def fragments_are_loaded_as_they_are_multiplied(entry, compiled, record):
     text = compiled.asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = #ttg\.(.*)$", text, re.MULTILINE))
     if entry.kernel == "exact_kernel":
+        assert record["under_way"] > 0  # of the next step, while this one is multiplied
         assert not re.search(r"local_(alloc|store).*tensor<\d+x\d+xi16", text)
         weights = re.findall(r"(#ttg\.dot_op<\{opIdx = 0, parent = #\w+)", text)
         assert weights

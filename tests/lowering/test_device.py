@@ -71,13 +71,15 @@ FACTS = {"outputs": 4096, "features": 4096, "dtype": torch.bfloat16, "column": F
         (90, 16, 16, {"exact": True}, configs.Plan(configs.EXACT_DECODE[0])),
         (90, 16, 16, {"exact": True, "column": True}, configs.Plan(configs.EXACT_DECODE[0].of_parts(3), splits=3)),
         (120, 16, 16, {"dtype": torch.float16}, configs.Plan(configs.EXACT_DECODE[0].of_parts(2), splits=2)),
-        (90, 16, 4, {"exact": True, "column": True}, configs.Plan(configs.PREFILL[0].of_parts(3), splits=3)),
-        (90, 16, 1, {"exact": True}, configs.Plan(configs.PREFILL[0])),
+        (90, 16, 4, {"exact": True, "column": True}, configs.Plan(configs.PREFILL[1].of_parts(3), splits=3)),
+        (90, 16, 1, {"exact": True}, configs.Plan(configs.PREFILL[1])),
         ("gfx942", 16, 16, {}, configs.Plan(configs.EXACT_DECODE[0], form="plain")),
         (90, 16, 16, {"features": 40000}, configs.Plan(configs.EXACT_DECODE[0])),
         (90, 4096, 4, {}, configs.Plan(configs.PREFILL[0], sorted=True)),
         (90, 4096, 4, {"dtype": torch.float32}, configs.Plan(configs.PREFILL[0].of_parts(3), splits=3, sorted=True)),
-        (100, 4096, 4, {}, configs.Plan(configs.PREFILL[1], sorted=True)),
+        (90, 4096, 65, {}, configs.Plan(configs.PREFILL[1], sorted=True)),
+        (100, 4096, 4, {}, configs.Plan(configs.PREFILL[2], sorted=True)),
+        ("gfx942", 4096, 4, {}, configs.Plan(configs.PREFILL[1], sorted=True, form="plain")),
         (90, 16, 16, {"layout": layout.CANONICAL}, None),
         (90, 16, 16, {"dtype": torch.float64}, None),
         (75, 16, 16, {}, None),
@@ -96,7 +98,7 @@ def test_static_facts_choose_the_kernel(arch, rows, slots, change, expected):
 ONE_EACH = configs.Unbounded(indexed=True, each=1)
 PROMPTS = configs.Unbounded(indexed=True, each=None)
 NO_INDEX = configs.Unbounded(indexed=False, each=None)
-SORTED = configs.Plan(configs.PREFILL[0], sorted=True)
+SORTED = configs.Plan(configs.PREFILL[1], sorted=True)
 
 
 @pytest.mark.parametrize(
