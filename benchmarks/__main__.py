@@ -26,6 +26,7 @@ from . import (  # noqa: F401  each registers its cases
     tenants,
     tenants_memory,
     tenants_op,
+    traffic,
 )
 from .registry import CASES, Record, Run, SkippedError, machine, write_records
 

@@ -120,7 +120,8 @@ def words_kernel(
         total += part
         tl.store(words_ptr + place + 256 * s, (part * (sign * factor)[None, :, None]).to(tl.bfloat16), mask=there)
     total *= tl.where(bit < 15, sign, 0.0)[None, :, None]
-    half = tl.sum(tl.sum(total, 2), 1) * 5.8207660913467407e-11  # 2^-34
+    # Bits first, most of which a thread holds itself. In one sum over both, Triton 3.6 adds up the wrong lanes.
+    half = tl.sum(tl.sum(total, 1), 1) * 5.8207660913467407e-11  # 2^-34
     tl.store(halves_ptr + line.to(tl.int64) * stored + block, half, mask=block < stored)
 
 

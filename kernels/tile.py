@@ -54,8 +54,8 @@ def binary_mma(sums, signs, planes, HIGH: tl.constexpr):
 
 
 @triton.jit
-def weigh_bits(counts, TOP: tl.constexpr, SHIFT: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr):
-    """Counts of 8 bit planes, int32 [W, R, G, 128] in fragment order, weighed and summed: int32 [WN, R, G, 8, 2].
+def weigh_bits(counts, TOP: tl.constexpr, SHIFT: tl.constexpr):
+    """Counts of 8 bit planes, int32 [W, R, G, 128] in fragment order, weighed: int32 [W, R, G, 8, 4, 2].
 
     Bit plane j counts 2^(j + SHIFT), and the seventh -2^(7 + SHIFT) where it is the sign (`TOP`).
     """
@@ -65,11 +65,20 @@ def weigh_bits(counts, TOP: tl.constexpr, SHIFT: tl.constexpr, WN: tl.constexpr,
     if TOP:
         weight = tl.where(plane == 7, -weight, weight)
     weighed = counts * weight[None, None, None, :]
+    W: tl.constexpr = counts.shape[0]
     R: tl.constexpr = counts.shape[1]
     G: tl.constexpr = counts.shape[2]
-    lanes = tl.sum(tl.reshape(weighed, (WN * WK, R, G, 8, 4, 2, 2)), 6)  # [W, R, G, g, q, h]
-    lanes = tl.sum(lanes, 4)
-    return tl.sum(tl.reshape(lanes, (WN, WK, R, G, 8, 2)), 1)
+    return tl.sum(tl.reshape(weighed, (W, R, G, 8, 4, 2, 2)), 6)  # w, r, group, g, q, h
+
+
+@triton.jit
+def sum_of_planes(weighed, WN: tl.constexpr, WK: tl.constexpr):
+    """What `weigh_bits` gives, over all lanes and warps that share an output: int32 [WN, R, G, 8, 2]."""
+    R: tl.constexpr = weighed.shape[1]
+    G: tl.constexpr = weighed.shape[2]
+    # Flat, so that lanes lie beside each other in the shared memory where warps meet, and not in one bank.
+    warps = tl.sum(tl.reshape(tl.sum(weighed, 4), (WN, WK, R * G * 16)), 1)
+    return tl.reshape(warps, (WN, R, G, 8, 2))
 
 
 @triton.jit
@@ -135,7 +144,7 @@ def binary_product(
             top = binary_mma(top, a, tl.broadcast_to(tl.load(last + 128), (WN * WK, R, G, 128)), False)
         low = binary_mma(low, a, b, False)
         high = binary_mma(high, a, b, True)
-    count = weigh_bits(low, False, 0, WN, WK) + weigh_bits(high, not WIDE, 8, WN, WK)
+    count = sum_of_planes(weigh_bits(low, False, 0) + weigh_bits(high, not WIDE, 8), WN, WK)
     chunk = tl.arange(0, CP)
     sums = sums_ptr + (bits_row * (chunks * 2))[:, None] + (chunk * 2)[None, :]
     held = (chunk < chunks)[None, :]
@@ -144,7 +153,7 @@ def binary_product(
     product = (2 * count - low_sum[None, None, :, None, None]).to(tl.float32)
     if WIDE:
         top_sum = tl.sum(tl.load(sums + 1, mask=held, other=0), 1)
-        count = weigh_bits(top, True, 0, WN, WK)
+        count = sum_of_planes(weigh_bits(top, True, 0), WN, WK)
         product += (2 * count - top_sum[None, None, :, None, None]).to(tl.float32) * 65536.0
     return product
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -16,6 +16,9 @@ from triton.backends.compiler import GPUTarget
 from .machine import Machine
 from .memory import GlobalMemory, SharedMemory
 from .text import parse
+
+
+Watch = Callable[[Any, list[Tensor], list[Machine]], None]
 
 
 class _Driver:
@@ -35,8 +38,13 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def launches(target: int, together: int | None = None) -> Iterator[None]:
-    """Launches of Triton's kernels run here, compiled for sm_`target`."""
+def launches(target: int, together: int | None = None, watch: Watch | None = None) -> Iterator[None]:
+    """Launches of Triton's kernels run here, compiled for sm_`target`.
+
+    Args:
+        together: see `execute`.
+        watch: called after each, with traffic counted: the compiled kernel, its tensors, and the machines.
+    """
     run_on_gpu = triton.JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -44,7 +52,10 @@ def launches(target: int, together: int | None = None) -> Iterator[None]:
         bound = dict(zip(self.arg_names, args, strict=False)) | {n: v for n, v in kwargs.items() if n in self.arg_names}
         if not warmup:
             sizes = grid(bound) if callable(grid) else grid
-            execute(compiled, [bound[name] for name in self.arg_names], sizes, together=together)
+            arguments = [bound[name] for name in self.arg_names]
+            machines = execute(compiled, arguments, sizes, together=together, count=watch is not None)
+            if watch is not None:
+                watch(compiled, [value for value in arguments if isinstance(value, Tensor)], machines)
         return compiled
 
     before = triton.runtime.driver._active
