@@ -102,7 +102,7 @@ def entries() -> Iterator[Entry]:
     yield Entry("bits 24 bit", "operands", "bits_kernel", {**column, "WIDE": 1, "BK": 2048}, targets=(90,))
     yield Entry("words", "operands", "words_kernel", {**column, "SPLITS": 1, "NB": 4})
     yield Entry("inner", "operands", "inner_kernel", {"RANK": 16, "RP": 16, "INDEXED": True, "BK": 512})
-    yield Entry("segments", "segments", "plan_kernel", {"INDEXED": True, "SP": 32, "BLOCK": 64})
+    yield Entry("segments", "segments", "plan_kernel", {"INDEXED": True, "BLOCK": 8, "SPAN": 512})
     lookup = {"P": 1, "COL": True, "RANK": 16, "HALF": 1, "INDEXED": True, "BASE": True, "BK": 1024}
     yield Entry("embedding", "delta_embedding", "embedding_kernel", lookup)
     for name in ("feed", "flip"):
@@ -149,8 +149,8 @@ def count(entry: Entry, target: int | str, compiled: Any) -> Record:
     """The entry's line of the ledger.
 
     Fields `per_weight` (thread-instructions of the hot loop per weight, on the binary path also per row of a group;
-    only where there is a loop of MMAs), `under_way` (copies to shared memory that its wait leaves under way), `registers`,
-    `shared` bytes, `spills` (accesses to local memory), `loop` (its commonest instructions).
+    only where there is a loop of MMAs), `under_way` (copies to shared memory that its wait leaves under way),
+    `registers`, `shared` bytes, `spills` (accesses to local memory), `loop` (its commonest instructions).
     """
     record: Record = {"entry": entry.name, "target": f"sm_{target}" if isinstance(target, int) else target}
     record["shared"] = compiled.metadata.shared

@@ -18,7 +18,7 @@ from .registry import Record, Run, SkippedError, case, require
 
 TARGET = 90
 FREE = ("mov", "ld.param", "cvt.u64.u32", "cvt.s64.s32", "bra", "ret")  # mostly gone once registers are assigned
-_Call = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+_Call = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def ways() -> Iterator[tuple[str, int, _Call]]:
@@ -82,8 +82,8 @@ def measure(run: Run) -> Iterator[Record]:
 
 
 def _counted(compiled: Any, machine: Any, signs: Tensor) -> Record:
-    """One launch: thread-instructions in all and of a thread, barriers of a block, passes lost to bank conflicts, 32-byte
-    sectors moved, and how often the signs were."""
+    """One launch: thread-instructions in all and of a thread, barriers of a block, passes of shared memory lost to bank
+    conflicts, how often the signs were moved, and 32-byte sectors moved in all."""
     instructions = zip(machine.program.instructions, machine.executed, strict=True)
     counted = [(".".join(each.parts), count) for each, count in instructions]
     executed = sum(count for name, count in counted if not name.startswith(FREE))

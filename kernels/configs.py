@@ -89,12 +89,12 @@ class Fused:
 
 # One row of each slot; the second for grids too small to fill a GPU; the third where several rows share a slot.
 BINARY_DECODE = (Binary(4, 1, 1, 4, 1), Binary(2, 1, 1, 8, 1), Binary(2, 4, 1, 4, 1))
-# With three stages a step's loads are under way while the step before is multiplied; with two, Triton 3.6 waits for all.
+# With three stages a step's loads are under way while the step before is multiplied; with two, Triton waits for all.
 EXACT_DECODE = (Exact(2, 4, 2, 8, 3),)
 FUSED_DECODE = (Fused(BINARY_DECODE[0], 64, 4, 4), Fused(BINARY_DECODE[2], 64, 4, 4))
 # Signs are a sixteenth of x's bytes: many outputs ask least of the caches. What is larger spills. The second is for few
-# rows of each slot, and for AMD, which has less shared memory. The third is for sm_100: with four warps Triton keeps the signs of all 16 bits in tensor memory,
-# twice what there is.
+# rows of each slot, and for AMD, which has less shared memory. The third is for sm_100: with four warps Triton keeps
+# the signs of all 16 bits in tensor memory, twice what there is.
 PREFILL = (Exact(2, 8, 1, 64, 3), Exact(2, 8, 1, 32, 3), Exact(2, 2, 2, 32, 3))
 FIT_COLUMNS = 16  # columns of weights that a fit's kernel holds in registers; with 32 they spill
 

@@ -10,29 +10,46 @@ from torch import Tensor
 
 from .tile_linear import slot_of_row
 
+ITEMS = 8  # that a program places
+SPAN = 512  # items that it looks at together, a multiple of those
+
 
 @triton.jit
 def plan_kernel(
     tenant_ptr, order_ptr, starts_ptr, items, entries, rows_per_entry, rows_per_item, SLOTS,
-    INDEXED: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
+    INDEXED: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """`plan_segments`: the places of BLOCK items, and in the first program the starts."""
-    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    key = slot_of_row(tenant_ptr, item * rows_per_item, entries, rows_per_entry, SLOTS, INDEXED)
-    key = tl.where(key < 0, SLOTS, key)
-    every = tl.arange(0, SP)
-    place = tl.zeros((BLOCK,), tl.int32)
-    before = tl.zeros((SP,), tl.int32)
-    for start in range(0, items, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        slot = slot_of_row(tenant_ptr, other * rows_per_item, entries, rows_per_entry, SLOTS, INDEXED)
-        slot = tl.where(slot < 0, SLOTS, slot)
-        sooner = (slot[None, :] < key[:, None]) | ((slot[None, :] == key[:, None]) & (other[None, :] < item[:, None]))
-        place += tl.sum((sooner & (other < items)[None, :]).to(tl.int32), 1)
-        before += tl.sum(((slot[None, :] < every[:, None]) & (other < items)[None, :]).to(tl.int32), 1)
-    tl.store(order_ptr + place, item, mask=item < items)
-    if tl.program_id(0) == 0:
-        tl.store(starts_ptr + every, before, mask=every < SLOTS + 2)
+    """`plan_segments`: the places of BLOCK items, and in the programs after those BLOCK of the starts."""
+    placing = tl.cdiv(items, BLOCK)
+    places = tl.program_id(0) < placing
+    first = tl.program_id(0) * BLOCK
+    item = first + tl.arange(0, BLOCK)
+    bound = item - placing * BLOCK
+    key = _key(tenant_ptr, item, entries, rows_per_entry, rows_per_item, SLOTS, INDEXED)
+    key = tl.where(places, key, bound)
+    # Before an item come all of the slots before its own, and of its own slot what is earlier. A whole span is earlier
+    # or it is not, but for the one that the items lie in.
+    sooner = tl.zeros((BLOCK, SPAN), tl.int32)
+    across = tl.arange(0, SPAN)
+    for start in range(0, items, SPAN):
+        other = start + across
+        slot = _key(tenant_ptr, other, entries, rows_per_entry, rows_per_item, SLOTS, INDEXED)
+        slot = tl.where(other < items, slot, 2147483647)
+        limit = key + (places & (start + SPAN <= first)).to(tl.int32)
+        sooner += (slot[None, :] < limit[:, None]).to(tl.int32)
+    other = first // SPAN * SPAN + across
+    slot = _key(tenant_ptr, other, entries, rows_per_entry, rows_per_item, SLOTS, INDEXED)
+    earlier = (slot[None, :] == key[:, None]) & (other[None, :] < item[:, None]) & places
+    place = tl.sum(sooner + earlier.to(tl.int32), 1)
+    tl.store(order_ptr + place, item, mask=places & (item < items))
+    tl.store(starts_ptr + bound, place, mask=(bound >= 0) & (bound < SLOTS + 2))
+
+
+@triton.jit
+def _key(tenant_ptr, item, entries, rows_per_entry, rows_per_item, SLOTS, INDEXED: tl.constexpr):
+    """The slot of an item's rows, `SLOTS` for the base."""
+    slot = slot_of_row(tenant_ptr, item * rows_per_item, entries, rows_per_entry, SLOTS, INDEXED)
+    return tl.where(slot < 0, SLOTS, slot)
 
 
 @triton.jit
@@ -74,8 +91,8 @@ def plan_segments(tenant: Tensor | None, rows: int, slots: int, device: torch.de
     items = entries if rows % entries == 0 else rows
     order = torch.empty(items, dtype=torch.int32, device=device)
     starts = torch.empty(slots + 2, dtype=torch.int32, device=device)
-    plan_kernel[triton.cdiv(items, 64),](
+    plan_kernel[triton.cdiv(items, ITEMS) + triton.cdiv(slots + 2, ITEMS),](
         order if tenant is None else tenant, order, starts, items, entries, max(rows // entries, 1), rows // items,
-        slots, INDEXED=tenant is not None, SP=triton.next_power_of_2(slots + 2), BLOCK=64, num_warps=4,
+        slots, INDEXED=tenant is not None, BLOCK=ITEMS, SPAN=SPAN, num_warps=4,
     )  # fmt: skip
     return order, starts, rows // items

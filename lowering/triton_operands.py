@@ -99,11 +99,12 @@ def segments_of(problem: Problem, items: Any) -> list[Any]:
     def make() -> list[Any]:
         order, starts = fresh(problem, [items], torch.int32), fresh(problem, [problem.slots + 2], torch.int32)
         _launch(
-            segments.plan_kernel, [CeilDiv(items, 64), 1, 1],
+            segments.plan_kernel,
+            [CeilDiv(items, segments.ITEMS) + -(-(problem.slots + 2) // segments.ITEMS), 1, 1],
             {
                 **index, "order_ptr": order, "starts_ptr": starts, "items": items,
-                "rows_per_item": FloorDiv(problem.x.get_size()[0], items), "SP": power_of_2(problem.slots + 2),
-                "BLOCK": 64,
+                "rows_per_item": FloorDiv(problem.x.get_size()[0], items), "BLOCK": segments.ITEMS,
+                "SPAN": segments.SPAN,
             },
         )  # fmt: skip
         return [order, starts]

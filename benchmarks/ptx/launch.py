@@ -17,7 +17,6 @@ from .machine import Machine
 from .memory import GlobalMemory, SharedMemory
 from .text import parse
 
-
 Watch = Callable[[Any, list[Tensor], list[Machine]], None]
 
 

@@ -72,14 +72,14 @@ def test_bits_of_x(wide):
         assert torch.equal(sums[:, 0, 1].long(), high.sum(1))
 
 
-@pytest.mark.parametrize("entries", [1, 7, 200])
-def test_segments(entries):
-    tenant = torch.randint(-1, 6, (entries,), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
-    order, starts, per_item = segments.plan_segments(tenant, 3 * entries, 5, tenant.device)
-    key = torch.where((tenant >= 0) & (tenant < 5), tenant, 5)
+@pytest.mark.parametrize(("entries", "slots"), [(1, 5), (7, 5), (200, 20), (segments.SPAN, 1), (1300, 5)])
+def test_segments(entries, slots):
+    tenant = torch.randint(-1, slots + 1, (entries,), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    order, starts, per_item = segments.plan_segments(tenant, 3 * entries, slots, tenant.device)
+    key = torch.where((tenant >= 0) & (tenant < slots), tenant, slots)
     assert per_item == 3
     assert torch.equal(order.long(), torch.sort(key, stable=True).indices)
-    assert torch.equal(starts.long(), torch.tensor([int((key < slot).sum()) for slot in range(7)]))
+    assert torch.equal(starts.long(), torch.tensor([int((key < slot).sum()) for slot in range(slots + 2)]))
 
 
 def test_segments_where_the_index_does_not_divide_the_rows():
