@@ -14,11 +14,12 @@ from types import ModuleType
 if os.environ.get("PRETEND_GPU") != "1":
     collect_ignore_glob = ["*"]
 elif importlib.util.find_spec("triton") is not None:
-    spec = importlib.util.spec_from_file_location("without_gpu", Path(__file__).with_name("without_gpu.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules["without_gpu"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    for name in ("without_gpu", "ahead_of_time", "problems"):
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     # The folder as a package under another name: it is not installed, and must not be on `sys.path`.
     sys.modules["measured"] = ModuleType("measured")
     sys.modules["measured"].__path__ = [str(Path(__file__).parents[3] / "benchmarks")]

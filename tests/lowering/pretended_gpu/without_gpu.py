@@ -107,11 +107,15 @@ def _patterns_of_a_cpu() -> Iterator[None]:
         yield
 
 
-class _Generated(BaseException):
-    """Carries the code out of Inductor: an ordinary exception would be reported as a failure of a pass."""
+class Generated(BaseException):
+    """Carries the code out of Inductor: an ordinary exception would be reported as a failure of a pass.
 
-    def __init__(self, code: str) -> None:
-        self.code = code
+    Attributes:
+        files: what goes into a package beside it.
+    """
+
+    def __init__(self, code: str, files: Sequence[str] = ()) -> None:
+        self.code, self.files = code, list(files)
 
 
 def generated(
@@ -133,15 +137,29 @@ def generated(
         most: what none of them exceeds.
     """
     from torch._inductor.graph import GraphLowering
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     def code_only(self: Any) -> None:
         code = self.codegen()[0]
-        raise _Generated(getattr(code, "value", code))
+        raise Generated(getattr(code, "value", code))
+
+    with mock.patch.object(GraphLowering, "compile_to_module", code_only):
+        return compile_until_generated(function, inputs, compile_graph, dynamic, one_size, most, options).code
+
+
+def compile_until_generated(
+    function: Callable[..., Any],
+    inputs: Sequence[torch.Tensor],
+    compile_graph: Callable[..., Any],
+    dynamic: Mapping[int, int] | None,
+    one_size: bool,
+    most: int | None,
+    options: Mapping[str, Any],
+) -> Generated:
+    """Compile on a pretended GPU until something raises `Generated`; arguments as for `generated`."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     settings = {"compile_threads": 1, "fx_graph_cache": False, "shape_padding": False, "autotune_in_subproc": False}
-    code_only_of = mock.patch.object(GraphLowering, "compile_to_module", code_only)
-    with _patterns_of_a_cpu(), pretended_gpu(), config.patch(settings), code_only_of:
+    with _patterns_of_a_cpu(), pretended_gpu(), config.patch(settings):
         mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
         examples = [
             on_gpu(mode, tensor, (dynamic or {}).get(place), one_size, most) for place, tensor in enumerate(inputs)
@@ -149,9 +167,9 @@ def generated(
         with torch._guards.tracing(torch._guards.TracingContext(mode)), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                compile_graph(torch.fx.symbolic_trace(function), examples, options)
-            except _Generated as found:
-                return found.code
+                compile_graph(torch.fx.symbolic_trace(function), examples, dict(options))
+            except Generated as found:
+                return found
     raise AssertionError("Inductor generated nothing")
 
 
@@ -187,11 +205,21 @@ class Kernel:
     told: dict[str, Any]
     capability: int | None
 
+    @property
+    def parameters(self) -> list[str]:
+        """Names of all it takes, constants included."""
+        return list(inspect.signature(self.function.fn).parameters)
+
+    @property
+    def constants(self) -> set[str]:
+        """Names of what it takes at compile time."""
+        parameters = inspect.signature(self.function.fn).parameters
+        return {name for name, parameter in parameters.items() if "constexpr" in str(parameter.annotation)}
+
     def run(self, *args: Any, stream: int) -> None:
         """Launch; what follows the kernel's own arguments is the grid."""
-        parameters = inspect.signature(self.function.fn).parameters
-        constants = {name for name, parameter in parameters.items() if "constexpr" in str(parameter.annotation)}
-        names = [name for name in parameters if name not in constants]
+        constants = self.constants
+        names = [name for name in self.parameters if name not in constants]
         given, grid = dict(zip(names, args, strict=False)), args[len(names) :]
         chosen = {name: value for name, value in self.told["triton_meta"]["constants"].items() if name in constants}
         if not grid:  # a loop over elements: any block sizes will do, but a reduction must fit into one
@@ -208,7 +236,7 @@ class Kernel:
         given |= chosen
         machine = importlib.import_module("measured.ptx.launch")
         compiled = assemble(self, self.capability, chosen)
-        machine.execute(compiled, [given.get(name) for name in parameters], grid)
+        machine.execute(compiled, [given.get(name) for name in self.parameters], grid)
 
 
 @dataclasses.dataclass
@@ -251,7 +279,7 @@ def _written(source: str) -> tuple[str, str]:
     return PyCodeCache.write(source, extra=f"without a GPU {id(object())} {torch.rand(1).item()}")
 
 
-def _module(code: str, capability: int | None = None) -> dict[str, Any]:
+def module_of(code: str, capability: int | None = None) -> dict[str, Any]:
     """The generated module, with CPU tensors for CUDA's and our kernels for compiled ones."""
     code = code.replace("_empty_strided_cuda", "_empty_strided_cpu").replace("AsyncCompile()", "_compiler")
     code = re.sub(r"with torch\.cuda\._DeviceGuard\(\d+\)", "with _no_guard()", code)
@@ -272,13 +300,13 @@ def run(code: str, inputs: Sequence[Any], capability: int | None = None) -> list
         capability: what the kernels are compiled for, None for Triton's interpreter.
     """
     with pretended_gpu():
-        return list(_module(code, capability)["call"](list(inputs)))
+        return list(module_of(code, capability)["call"](list(inputs)))
 
 
 def kernels(code: str) -> dict[str, Kernel]:
     """The Triton kernels of the generated code, by name."""
     with pretended_gpu():
-        return {name: value for name, value in _module(code).items() if isinstance(value, Kernel)}
+        return {name: value for name, value in module_of(code).items() if isinstance(value, Kernel)}
 
 
 def assemble(kernel: Kernel, capability: int = 90, chosen: Mapping[str, Any] | None = None) -> Any:
