@@ -14,7 +14,7 @@ import numpy as np
 from . import matrix
 from .machine import Machine, Mask, Step, width
 from .memory import Fault
-from .text import Instruction
+from .text import Instruction, Operand
 
 Array = np.ndarray
 
@@ -266,11 +266,14 @@ def _cvt(instruction: Instruction) -> Step:
     *modes, to, of = instruction.parts[1:]
     target, *sources = instruction.operands
 
-    def number(values: Array) -> Array:
+    def number(machine: Machine, source: Operand) -> Array:
+        if of in ("s8", "u8"):  # the lower half of a register of 16 bits
+            return machine.read(source, "b16").astype({"s8": np.int8, "u8": np.uint8}[of])
+        values = machine.read(source, of)
         return matrix.to_float(values) if of == "bf16" else values
 
     def run(machine: Machine, mask: Mask) -> None:
-        values = [number(machine.read(source, of)) for source in sources]
+        values = [number(machine, source) for source in sources]
         with np.errstate(all="ignore"):
             if to.endswith("x2"):  # the first goes up
                 upper, lower = (
@@ -280,7 +283,7 @@ def _cvt(instruction: Instruction) -> Step:
                 result = upper.astype(np.uint32) << np.uint32(16) | lower
             else:
                 (value,) = values
-                result = _converted(value, to, modes)
+                result = _extended(_converted(value, to, modes), to, target)
         machine.write(target, np.asarray(result), mask)
 
     return run
@@ -339,7 +342,9 @@ def _load(instruction: Instruction) -> Step:
 
 
 def _extended(values: Array, kind: str, register: object) -> Array:
-    """A number of `kind`, in unsigned bits, as a register holds it, which may be wider."""
+    """A number of `kind`, as a register holds it, which may be wider."""
+    if values.dtype.kind == "f":
+        return values
     if kind[0] == "s":
         values = values.view(f"i{values.dtype.itemsize}")
     return values.astype(width(str(register)).replace("u", values.dtype.kind))
