@@ -81,7 +81,7 @@ def entries() -> Iterator[Entry]:
             forms: tuple[tuple[str, dict[str, Any], int, bool, tuple[int | str, ...]], ...] = (
                 ("", even, 1, False, EXACT_TARGETS),
                 (" 3 parts", even, 3, False, (90,) if is_sorted else (90, 100)),
-                (" ragged", odd, 1, False, (90,)),
+                (" ragged", odd, 1, False, (80, 89, 90, 120)),
                 (" with base", even, 1, True, (90,)),
             )
             if exact == configs.PREFILL[2]:  # an entry for sm_100, which only autotuning could take elsewhere
@@ -93,7 +93,7 @@ def entries() -> Iterator[Entry]:
                 if exact in configs.PREFILL[:2]:  # see there
                     targets = tuple(target for target in targets if target != 100)
                 if exact == configs.PREFILL[0]:
-                    targets = tuple(target for target in targets if target != "gfx942")
+                    targets = tuple(target for target in targets if target not in (120, "gfx942"))
                 yield Entry(
                     name, "delta_linear", "exact_kernel", constants, exact.warps, exact.STAGES, targets, exact, splits
                 )

@@ -93,8 +93,8 @@ BINARY_DECODE = (Binary(4, 1, 1, 4, 1), Binary(2, 1, 1, 8, 1), Binary(2, 4, 1, 4
 EXACT_DECODE = (Exact(2, 4, 2, 8, 3),)
 FUSED_DECODE = (Fused(BINARY_DECODE[0], 64, 4, 4), Fused(BINARY_DECODE[2], 64, 4, 4))
 # Signs are a sixteenth of x's bytes: many outputs ask least of the caches. What is larger spills. The second is for few
-# rows of each slot, and for AMD, which has less shared memory. The third is for sm_100: with four warps Triton keeps
-# the signs of all 16 bits in tensor memory, twice what there is.
+# rows of each slot, for sm_120, where the first may spill, and for AMD, which has less shared memory. The third is for
+# sm_100: with four warps Triton keeps the signs of all 16 bits in tensor memory, twice what there is.
 PREFILL = (Exact(2, 8, 1, 64, 3), Exact(2, 8, 1, 32, 3), Exact(2, 2, 2, 32, 3))
 FIT_COLUMNS = 16  # columns of weights that a fit's kernel holds in registers; with 32 they spill
 
@@ -194,7 +194,7 @@ def choose(
     many = PREFILL[1]
     if isinstance(arch, int) and 100 <= arch < 120:
         many = PREFILL[2]
-    elif isinstance(arch, int) and rows >= slots * PREFILL[0].BM:
+    elif isinstance(arch, int) and arch < 100 and rows >= slots * PREFILL[0].BM:
         many = PREFILL[0]
     if rows > DECODE_ROWS:
         parts = splits(dtype, column, exact)

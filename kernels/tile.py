@@ -57,7 +57,7 @@ def binary_mma(sums, signs, planes, HIGH: tl.constexpr):
 def weigh_bits(counts, TOP: tl.constexpr, SHIFT: tl.constexpr):
     """Counts of 8 bit planes, int32 [W, R, G, 128] in fragment order, weighed: int32 [W, R, G, 8, 4, 2].
 
-    Bit plane j counts 2^(j + SHIFT), and the seventh -2^(7 + SHIFT) where it is the sign (`TOP`).
+    Bit plane j counts 2^(j + SHIFT), and bit plane 7 -2^(7 + SHIFT) where it is the sign (`TOP`).
     """
     f = tl.arange(0, 128)
     plane = (f // 4) % 4 * 2 + f % 2

@@ -1,12 +1,13 @@
 """A GPU's threads, on a CPU: runs a kernel's PTX for all blocks of a grid at once, an instruction at a time.
 
 Registers are arrays over all threads. Threads that branch apart wait for each other: those that are furthest behind
-go on. What only shows when blocks or warps run in another order is looked for in `memory`.
+go on. What could show in shared memory when warps run in another order is looked for in `memory`.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -138,6 +139,8 @@ class Machine:
             return np.array(operand % (1 << 8 * dtype.itemsize), f"u{dtype.itemsize}").view(dtype)
         assert isinstance(operand, str)
         found = self.registers.get(operand)
+        if found is None and not re.fullmatch(r"%(?:p|r|rs|rd)\d+|\w+", operand):
+            raise NotImplementedError(f"the PTX machine does not know {operand}")
         if found is None:  # whatever it holds cannot matter; ones are no number and no address
             found = self.registers[operand] = np.full(self.count, -1).astype(width(operand))
         if found.dtype.itemsize != dtype.itemsize:

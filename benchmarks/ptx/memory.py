@@ -1,6 +1,8 @@
 """What a kernel can reach: tensors in host memory, and the shared memory of its blocks.
 
-An access outside, a misaligned one, and two warps that meet in shared memory without a barrier in between are errors.
+An access outside, a misaligned one, two warps that meet in shared memory without a barrier in between, and touching
+what a copy or a matrix instruction under way needs are errors. Not looked for: races in global memory, registers that a
+matrix instruction under way has not written yet, and fences.
 """
 
 from __future__ import annotations
@@ -140,6 +142,8 @@ class SharedMemory:
         granules = size * blocks // self.GRANULE
         self._writer = np.zeros(granules, np.int32)  # 0: nobody since the last barrier, else warp + 1
         self._readers = np.zeros(granules, np.uint32)  # a bit for each warp of the block
+        self._copied = np.zeros(granules, bool)  # a copy that is under way writes there
+        self._multiplied = np.zeros(granules, np.int16)  # matrix instructions under way that read there
         self.copies, self.reads = _UnderWay(threads), _UnderWay(threads)
         self.conflicts = 0
 
@@ -163,23 +167,40 @@ class SharedMemory:
         self._count_conflicts(places, threads, size * count)
 
     def copy_later(self, places: Array, threads: Array, data: Array) -> None:
-        """`data`, bytes [k, width], for each place [k], there once its group has been waited for."""
+        """`data`, bytes [k, width], for each place [k], there once its group has been waited for.
+
+        Until then nobody may touch the place: the copy may have happened, or not.
+        """
         width = data.shape[1]
         self._checked(places, width, 1)
         self._write(places, threads, width)
+        self._copied[self._granules(places, threads, width)[0]] = True
         self.copies.begin(places, threads, width, data)
 
     def wait_for_copies(self, threads: Array, left: int) -> None:
         for copy in self.copies.wait(threads, left):
             assert copy.data is not None
+            self._copied[self._granules(copy.places, copy.threads, copy.size)[0]] = False
             self._write(copy.places, copy.threads, copy.size)
-            self._bytes[copy.places[:, None] + np.arange(copy.size)] = copy.data
+            at = copy.places[:, None] + np.arange(copy.size)
+            self._bytes[at] = copy.data
+            if not np.array_equal(self._bytes[at], copy.data):
+                raise Fault("threads copy different values to one place of shared memory at the same time")
 
     def read_until_waited_for(self, places: Array, threads: Array, size: int) -> Array:
-        """`size` bytes at each place, by a matrix instruction that runs on: uint8 [k, size]."""
+        """`size` bytes at each place, by a matrix instruction that runs on: uint8 [k, size].
+
+        It is no warp's: what any has written needs a barrier before it, and nobody may write until it was waited for.
+        """
+        nobody = np.full_like(threads, -32)
+        self._read(places, nobody, size)
+        np.add.at(self._multiplied, self._granules(places, nobody, size)[0], 1)
         self.reads.begin(places, threads, size)
-        self._read(places, threads, size)
         return self._bytes[self._checked(places, 1, size)]
+
+    def wait_for_reads(self, threads: Array, left: int) -> None:
+        for read in self.reads.wait(threads, left):
+            np.subtract.at(self._multiplied, self._granules(read.places, read.threads, read.size)[0], 1)
 
     def barrier(self, blocks: Array | None) -> None:
         """All threads of `blocks` (None: of all) have met."""
@@ -191,8 +212,6 @@ class SharedMemory:
                 part = slice(block * self.size // self.GRANULE, (block + 1) * self.size // self.GRANULE)
                 self._writer[part] = 0
                 self._readers[part] = 0
-        for read in self.reads.accesses:
-            self._read(read.places, read.threads, read.size)
 
     def _checked(self, places: Array, size: int, count: int) -> Array:
         """Where the `count` words of `size` bytes at each place are: [k, count]."""
@@ -204,11 +223,14 @@ class SharedMemory:
 
     def _granules(self, places: Array, threads: Array, size: int) -> tuple[Array, Array]:
         """Granules that threads touch, and by which warp."""
-        each = places[:, None] // self.GRANULE + np.arange(max(1, size // self.GRANULE))
+        if size % self.GRANULE:
+            raise NotImplementedError("single bytes of shared memory")
+        each = places[:, None] // self.GRANULE + np.arange(size // self.GRANULE)
         return each.ravel(), np.repeat(threads // 32, each.shape[1])
 
     def _read(self, places: Array, threads: Array, size: int) -> None:
         granule, warp = self._granules(places, threads, size)
+        self._not_copied(granule)
         writer = self._writer[granule]
         if ((writer != 0) & (writer != warp + 1)).any():
             raise Fault("a warp reads from shared memory what another wrote, without a barrier in between")
@@ -216,10 +238,17 @@ class SharedMemory:
 
     def _write(self, places: Array, threads: Array, size: int) -> None:
         granule, warp = self._granules(places, threads, size)
+        self._not_copied(granule)
+        if self._multiplied[granule].any():
+            raise Fault("a thread writes to shared memory what a matrix instruction under way reads")
         writer, readers = self._writer[granule], self._readers[granule]
         if ((writer != 0) & (writer != warp + 1)).any() or (readers & ~_bit(warp)).any():
             raise Fault("a warp writes to shared memory what another wrote or read, without a barrier in between")
         self._writer[granule] = warp + 1
+
+    def _not_copied(self, granule: Array) -> None:
+        if self._copied[granule].any():
+            raise Fault("a thread touches shared memory that a copy under way writes to")
 
     def _count_conflicts(self, places: Array, threads: Array, size: int) -> None:
         """A pass serves 32 banks of four bytes; a wide access takes 16 or 8 lanes at a time."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +12,6 @@ import torch
 
 @pytest.fixture(scope="module")
 def benchmarks() -> Any:
-    """The folder as a package under another name: it is not installed, and the repository must not be on `sys.path`."""
-    folder = Path(__file__).parents[2] / "benchmarks"
-    package = ModuleType("measured")
-    package.__path__ = [str(folder)]
-    sys.modules["measured"] = package
     names = ("fleet", "resident", "tenants_memory", "generation")
     return SimpleNamespace(**{name: importlib.import_module(f"measured.{name}") for name in names})
 

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 pytest.importorskip("triton")
 
-# The folder as a package under another name: it is not installed, and the repository must not be on `sys.path`.
-sys.modules["measured"] = ModuleType("measured")
-sys.modules["measured"].__path__ = [str(Path(__file__).parents[2] / "benchmarks")]
 ledger = importlib.import_module("measured.ledger")
 
 ENTRIES = [(entry, target) for entry in ledger.entries() for target in entry.targets]

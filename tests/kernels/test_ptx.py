@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-# The folder as a package under another name: it is not installed, and the repository must not be on `sys.path`.
-sys.modules["measured"] = ModuleType("measured")
-sys.modules["measured"].__path__ = [str(Path(__file__).parents[2] / "benchmarks")]
 launch = importlib.import_module("measured.ptx.launch")
-Fault = importlib.import_module("measured.ptx.memory").Fault
+memory = importlib.import_module("measured.ptx.memory")
+Fault = memory.Fault
 
 THREADS = 64
 
@@ -49,10 +46,11 @@ def written(body: str) -> SimpleNamespace:
     )
 
 
-def run(body: str) -> torch.Tensor:
+def run(body: str, *, count: bool = False):
+    """`y` after a launch with x = 0, 1, 2, ...; with `count` the machine too."""
     x, y = torch.arange(THREADS, dtype=torch.int32), torch.zeros(THREADS, dtype=torch.int32)
-    launch.execute(written(body), [x, y], (1,))
-    return y
+    (machine,) = launch.execute(written(body), [x, y], (1,), count=count)
+    return (y, machine) if count else y
 
 
 def test_threads_that_branch_apart_meet_again():
@@ -100,8 +98,12 @@ def test_a_barrier_that_some_threads_miss():
         run("setp.lt.u32 %p1, %r1, 7; @%p1 bra $L__over; redux.sync.add.s32 %r3, %r1, -1;\n$L__over:\nmov.b32 %r4, 1;")
 
 
-COPIED = """
-	cp.async.ca.shared.global [%r2], [%rd4], 0x4, {width};
+WAIT = "cp.async.wait_group 0;"
+
+
+def copied(wait, size="", where="%r2"):
+    return f"""
+	cp.async.ca.shared.global [{where}], [%rd4], 0x4{size};
 	cp.async.commit_group;
 	{wait}
 	ld.shared.b32 %r3, [%r2];
@@ -111,11 +113,134 @@ COPIED = """
 
 def test_what_is_copied_is_there_once_it_was_waited_for():
     there = torch.arange(THREADS, dtype=torch.int32)
-    wait = "cp.async.wait_group 0;"
-    assert torch.equal(run(COPIED.format(width="4", wait=wait).replace(", 4;", ";")), there)
-    assert not run("mov.b32 %r6, 0;" + COPIED.format(width="%r6", wait=wait)).any()
-    early = run(COPIED.format(width="4", wait="cp.async.wait_group 1;").replace(", 4;", ";"))
-    assert not (early == there).any()
+    assert torch.equal(run(copied(WAIT)), there)
+    assert not run("mov.b32 %r6, 0;" + copied(WAIT, size=", %r6")).any()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (copied("cp.async.wait_group 1;"), "a copy under way writes to: ld"),
+        (copied("bar.sync 0;"), "a copy under way writes to: ld"),
+        ("mov.b32 %r6, 0; setp.lt.u32 %p1, %r1, 2; @%p1 " + copied(WAIT, where="%r6"), "copy different values"),
+        ("add.s32 %r2, %r2, 4;" + copied(WAIT), "outside of the block's shared memory"),
+    ],
+)
+def test_copies_that_may_or_may_not_have_happened(body, message):
+    with pytest.raises(Fault, match=message):
+        run(body)
+
+
+def test_groups_of_copies_are_each_threads_own():
+    """A warp that waits for one of its two groups has what it copied first; the other warp never waits."""
+    there = torch.arange(THREADS, dtype=torch.int32)
+    found = run("""
+	setp.lt.u32 %p1, %r1, 32;
+	cp.async.ca.shared.global [%r2], [%rd4], 0x4;
+	cp.async.commit_group;
+	@%p1 cp.async.commit_group;
+	@%p1 cp.async.wait_group 1;
+	@%p1 ld.shared.b32 %r3, [%r2];
+	@%p1 st.global.b32 [%rd5], %r3;
+""")
+    assert torch.equal(found, torch.where(there < 32, there, 0))
+
+
+def test_what_a_matrix_instruction_reads_is_left_alone_until_it_was_waited_for():
+    shared = memory.SharedMemory(256, 1, 128, False)
+    places, threads = np.arange(0, 256, 16), np.zeros(16, np.int64)
+    shared.read_until_waited_for(places, threads, 16)
+    everyone = np.arange(128)
+    shared.reads.commit(everyone)
+    shared.barrier(None)
+    for thread in (0, 40):
+        with pytest.raises(Fault, match="matrix instruction under way"):
+            shared.store(np.array([8]), np.array([thread]), np.ones((1, 1), np.uint32))
+    shared.wait_for_reads(everyone, 1)
+    with pytest.raises(Fault, match="matrix instruction under way"):
+        shared.store(np.array([8]), np.array([0]), np.ones((1, 1), np.uint32))
+    shared.wait_for_reads(everyone, 0)
+    shared.store(np.array([8]), np.array([0]), np.ones((1, 1), np.uint32))
+    with pytest.raises(Fault, match="what another wrote"):
+        shared.read_until_waited_for(places, threads, 16)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("mov.b32 %r3, -8; shr.s32 %r4, %r3, 40;", -1),
+        ("mov.b32 %r3, -8; shr.u32 %r4, %r3, 40;", 0),
+        ("mov.b32 %r3, -7; div.s32 %r4, %r3, 2;", -3),
+        ("mov.b32 %r3, -7; rem.s32 %r4, %r3, 2;", -1),
+        ("mov.b32 %r3, -1; mul.hi.u32 %r4, %r3, 16;", 15),
+        ("mov.b32 %r3, -1; mul.wide.s32 %rd6, %r3, 16; cvt.u32.u64 %r4, %rd6;", -16),
+        ("mov.b32 %r3, -1; mul.wide.u32 %rd6, %r3, 16; shr.u64 %rd6, %rd6, 32; cvt.u32.u64 %r4, %rd6;", 15),
+        ("mov.b32 %r3, 0xF0; bfe.s32 %r4, %r3, 4, 4;", -1),
+        ("mov.b32 %r3, 0xF0; bfe.u32 %r4, %r3, 4, 4;", 15),
+        ("mov.b32 %r3, 0xCC; lop3.b32 %r4, %r3, 0xAA, 0xF0, 0x6A;", ((0xCC & 0xAA) ^ 0xF0)),
+        ("mov.b32 %r3, 0x44332211; prmt.b32 %r4, %r3, 0x88776655, 0x7043;", 0x88115544 - 2**32),
+        ("mov.b32 %r3, 300; cvt.s8.s32 %rs1, %r3; cvt.s32.s16 %r4, %rs1;", 44),
+        ("mov.b32 %r3, 0f7FC00000; max.f32 %r4, %r3, 0f3F800000;", 0x3F800000),
+        ("mov.b32 %r3, 0f7FC00000; setp.gtu.f32 %p1, %r3, 0f3F800000; selp.b32 %r4, 1, 2, %p1;", 1),
+        ("mov.b32 %r3, 0f7FC00000; setp.gt.f32 %p1, %r3, 0f3F800000; selp.b32 %r4, 1, 2, %p1;", 2),
+        ("mov.b32 %r3, 0fC0200000; cvt.rzi.s32.f32 %r4, %r3;", -2),
+        ("mov.b32 %r3, 0fC0200000; cvt.rmi.ftz.f32.f32 %r4, %r3; cvt.rzi.s32.f32 %r4, %r4;", -3),
+        ("mov.b32 %r3, 0f3F808000; cvt.rn.bf16.f32 %rs1, %r3; cvt.u32.u16 %r4, %rs1;", 0x3F80),  # to even
+        ("mov.b32 %r3, 0f3F818000; cvt.rn.bf16.f32 %rs1, %r3; cvt.u32.u16 %r4, %rs1;", 0x3F82),
+        ("mov.b32 %r3, 0xBF80C000; abs.bf16x2 %r4, %r3;", 0x3F804000),
+    ],
+)
+def test_arithmetic(body, expected):
+    assert run(body + "st.global.b32 [%rd5], %r4;").tolist() == [expected] * THREADS
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "add.sat.f32 %r3, %r1, %r1;",
+        "mad.hi.u32 %r3, %r1, %r1, %r1;",
+        "cvt.rz.bf16.f32 %rs1, %r1;",
+        "setp.lt.bf16 %p1, %rs1, %rs1;",
+        "bar.sync 1, 32;",
+        "bar.red.or.pred %p1, 0, %p1;",
+        "redux.sync.xor.b32 %r3, %r1, -1;",
+        "cp.async.wait_all;",
+        "mov.u32 %r3, %lanemask_lt;",
+        "st.shared.b8 [%r2], %r1;",
+        "bfe.u32 %r3, %r1, 30, 8;",
+    ],
+)
+def test_what_is_not_known_is_refused(body):
+    with pytest.raises(NotImplementedError):
+        run(body)
+    run("mov.pred %p9, 0; @%p9 bra $L__never; bra.uni $L__over;\n$L__never:\n" + body + "\n$L__over:\nmov.b32 %r3, 1;")
+
+
+@pytest.mark.parametrize(
+    ("body", "sectors", "conflicts"),
+    [
+        ("ld.global.b32 %r3, [%rd4];", 8, 0),
+        ("ld.global.b32 %r3, [%rd1];", 2, 0),  # one sector for each warp
+        (
+            "and.b32 %r3, %r1, 1; mul.wide.u32 %rd6, %r3, 128; add.s64 %rd6, %rd1, %rd6; ld.global.b32 %r3, [%rd6];",
+            4,
+            0,
+        ),
+        ("setp.lt.u32 %p1, %r1, 8; @%p1 ld.global.b32 %r3, [%rd4];", 1, 0),
+        ("st.shared.b32 [%r2], %r1;", 0, 0),
+        ("and.b32 %r3, %r1, 1; shl.b32 %r3, %r3, 7; ld.shared.b32 %r4, [%r3];", 0, 2),  # two words of one bank
+        ("mov.b32 %r3, 0; ld.shared.b32 %r4, [%r3];", 0, 0),
+    ],
+)
+def test_traffic_is_counted(body, sectors, conflicts):
+    _, machine = run(body, count=True)
+    assert sum(machine.memory.sectors.values()) == sectors
+    assert machine.shared.conflicts == conflicts
+
+
+def test_executed_threads_are_counted():
+    _, machine = run("setp.lt.u32 %p1, %r1, 7; @%p1 add.s32 %r3, %r1, 1; add.s32 %r3, %r1, 1;", count=True)
+    assert machine.executed[-3:-1] == [7, THREADS]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +251,10 @@ def test_what_is_copied_is_there_once_it_was_waited_for():
         ("st.global.b32 [%rd4+65536], %r1;", "in none of the tensors"),
         ("ld.global.v2.b32 {%r3, %r4}, [%rd4];", "not a multiple of the 8 bytes"),
         ("st.global.b32 [%rd2], %r1;", "different values at one address"),
+        (
+            "and.b32 %r3, %r2, 124; ld.shared.v2.b32 {%r3, %r4}, [%r3];",
+            "in shared memory is not a multiple of",
+        ),
         ("st.shared.b32 [%r2+4], %r1;", "outside of the block's shared memory"),
         ("mov.b32 %r3, 0; st.shared.b32 [%r3], %r1;", "different values at one place"),
         ("ld.global.b32 %r3, [%rd9];", "not a multiple|in none of the tensors"),

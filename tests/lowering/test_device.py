@@ -79,6 +79,7 @@ FACTS = {"outputs": 4096, "features": 4096, "dtype": torch.bfloat16, "column": F
         (90, 4096, 4, {"dtype": torch.float32}, configs.Plan(configs.PREFILL[0].of_parts(3), splits=3, sorted=True)),
         (90, 4096, 65, {}, configs.Plan(configs.PREFILL[1], sorted=True)),
         (100, 4096, 4, {}, configs.Plan(configs.PREFILL[2], sorted=True)),
+        (120, 4096, 4, {}, configs.Plan(configs.PREFILL[1], sorted=True)),
         ("gfx942", 4096, 4, {}, configs.Plan(configs.PREFILL[1], sorted=True, form="plain")),
         (90, 16, 16, {"layout": layout.CANONICAL}, None),
         (90, 16, 16, {"dtype": torch.float64}, None),

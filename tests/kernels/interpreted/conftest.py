@@ -10,10 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -111,9 +108,6 @@ def _logic(asm: str, pairs: list[np.ndarray]) -> np.ndarray:
 @pytest.fixture(autouse=True)
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if COMPILED_FOR is not None:
-        # The folder as a package under another name: it is not installed, and must not be on `sys.path`.
-        sys.modules["measured"] = ModuleType("measured")
-        sys.modules["measured"].__path__ = [str(Path(__file__).parents[3] / "benchmarks")]
         with importlib.import_module("measured.ptx.launch").launches(int(COMPILED_FOR)):
             yield
         return

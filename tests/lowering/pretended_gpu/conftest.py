@@ -9,7 +9,6 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 
 if os.environ.get("PRETEND_GPU") != "1":
     collect_ignore_glob = ["*"]
@@ -20,6 +19,3 @@ elif importlib.util.find_spec("triton") is not None:
         assert spec.loader is not None
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    # The folder as a package under another name: it is not installed, and must not be on `sys.path`.
-    sys.modules["measured"] = ModuleType("measured")
-    sys.modules["measured"].__path__ = [str(Path(__file__).parents[3] / "benchmarks")]

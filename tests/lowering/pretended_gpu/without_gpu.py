@@ -317,8 +317,8 @@ def assemble(kernel: Kernel, capability: int = 90, chosen: Mapping[str, Any] | N
     """
     meta = kernel.told["triton_meta"]
     options = {name: kernel.told[name] for name in ("num_warps", "num_stages") if name in kernel.told}
-    for chosen in kernel.told.get("configs", ()):
-        options |= {name: chosen[name] for name in ("num_warps", "num_stages") if name in chosen}
+    for entry in kernel.told.get("configs", ()):
+        options |= {name: entry[name] for name in ("num_warps", "num_stages") if name in entry}
     constants = {**meta["constants"], **(chosen or {})}
     signature = {name: "constexpr" if name in constants else kind for name, kind in meta["signature"].items()}
     (attributes,) = meta["configs"]
