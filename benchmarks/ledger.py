@@ -102,7 +102,8 @@ def entries() -> Iterator[Entry]:
     yield Entry("bits 24 bit", "operands", "bits_kernel", {**column, "WIDE": 1, "BK": 2048}, targets=(90,))
     yield Entry("words", "operands", "words_kernel", {**column, "SPLITS": 1, "NB": 4})
     yield Entry("inner", "operands", "inner_kernel", {"RANK": 16, "RP": 16, "INDEXED": True, "BK": 512})
-    yield Entry("segments", "segments", "plan_kernel", {"INDEXED": True, "BLOCK": 8, "SPAN": 512})
+    sort = {"INDEXED": True, "BLOCK": configs.SEGMENT_ITEMS, "SPAN": configs.SEGMENT_SPAN}
+    yield Entry("segments", "segments", "plan_kernel", sort)
     lookup = {"P": 1, "COL": True, "RANK": 16, "HALF": 1, "INDEXED": True, "BASE": True, "BK": 1024}
     yield Entry("embedding", "delta_embedding", "embedding_kernel", lookup)
     for name in ("feed", "flip"):

@@ -66,7 +66,7 @@ def measure(run: Run) -> Iterator[Record]:
         x = torch.randn(len(index), features, generator=generator).bfloat16()
         found: list[Record] = []
 
-        def watch(compiled: Any, tensors: list[Tensor], machines: list[Any], found: list[Record] = found) -> None:
+        def watch(compiled: Any, machines: list[Any], found: list[Record] = found) -> None:
             found.append(_counted(compiled, machines[0], packed))
 
         with launch.launches(TARGET, watch=watch):

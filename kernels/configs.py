@@ -96,6 +96,8 @@ FUSED_DECODE = (Fused(BINARY_DECODE[0], 64, 4, 4), Fused(BINARY_DECODE[2], 64, 4
 # rows of each slot, for sm_120, where the first may spill, and for AMD, which has less shared memory. The third is for
 # sm_100: with four warps Triton keeps the signs of all 16 bits in tensor memory, twice what there is.
 PREFILL = (Exact(2, 8, 1, 64, 3), Exact(2, 8, 1, 32, 3), Exact(2, 2, 2, 32, 3))
+SEGMENT_ITEMS = 8  # that a program of the sort by slot places
+SEGMENT_SPAN = 512  # items that it looks at together, a multiple of those
 FIT_COLUMNS = 16  # columns of weights that a fit's kernel holds in registers; with 32 they spill
 
 

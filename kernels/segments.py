@@ -8,10 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import SEGMENT_ITEMS, SEGMENT_SPAN
 from .tile_linear import slot_of_row
-
-ITEMS = 8  # that a program places
-SPAN = 512  # items that it looks at together, a multiple of those
 
 
 @triton.jit
@@ -91,8 +89,8 @@ def plan_segments(tenant: Tensor | None, rows: int, slots: int, device: torch.de
     items = entries if rows % entries == 0 else rows
     order = torch.empty(items, dtype=torch.int32, device=device)
     starts = torch.empty(slots + 2, dtype=torch.int32, device=device)
-    plan_kernel[triton.cdiv(items, ITEMS) + triton.cdiv(slots + 2, ITEMS),](
+    plan_kernel[triton.cdiv(items, SEGMENT_ITEMS) + triton.cdiv(slots + 2, SEGMENT_ITEMS),](
         order if tenant is None else tenant, order, starts, items, entries, max(rows // entries, 1), rows // items,
-        slots, INDEXED=tenant is not None, BLOCK=ITEMS, SPAN=SPAN, num_warps=4,
+        slots, INDEXED=tenant is not None, BLOCK=SEGMENT_ITEMS, SPAN=SEGMENT_SPAN, num_warps=4,
     )  # fmt: skip
     return order, starts, rows // items

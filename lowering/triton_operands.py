@@ -100,11 +100,11 @@ def segments_of(problem: Problem, items: Any) -> list[Any]:
         order, starts = fresh(problem, [items], torch.int32), fresh(problem, [problem.slots + 2], torch.int32)
         _launch(
             segments.plan_kernel,
-            [CeilDiv(items, segments.ITEMS) + -(-(problem.slots + 2) // segments.ITEMS), 1, 1],
+            [CeilDiv(items, configs.SEGMENT_ITEMS) + CeilDiv(problem.slots + 2, configs.SEGMENT_ITEMS), 1, 1],
             {
                 **index, "order_ptr": order, "starts_ptr": starts, "items": items,
-                "rows_per_item": FloorDiv(problem.x.get_size()[0], items), "BLOCK": segments.ITEMS,
-                "SPAN": segments.SPAN,
+                "rows_per_item": FloorDiv(problem.x.get_size()[0], items), "BLOCK": configs.SEGMENT_ITEMS,
+                "SPAN": configs.SEGMENT_SPAN,
             },
         )  # fmt: skip
         return [order, starts]

@@ -223,7 +223,7 @@ def _wgmma(instruction: Instruction) -> Step:
 
         return wait
     if mode == "fence":
-        return lambda machine, mask: None
+        return _nothing(instruction)
     target, a, b, adds, *scales = instruction.operands
     columns = int(instruction.parts[4].partition("n")[2].partition("k")[0])
     if scales[:2] != [1, 1] or any(scales[2:]) or instruction.parts[5:] != ("f32", "bf16", "bf16"):
@@ -291,7 +291,7 @@ def _nothing(instruction: Instruction) -> Step:
 
 _STEPS: dict[str, Callable[[Instruction], Step]] = {
     **ARITHMETIC, "ld": _load, "st": _store,
-    "atom": _atom, "cp": _copy, "bar": _bar, "barrier": _bar, "shfl": _shfl, "redux": _redux, "mma": _mma,
+    "atom": _atom, "cp": _copy, "bar": _bar, "shfl": _shfl, "redux": _redux, "mma": _mma,
     "wgmma": _wgmma, "ldmatrix": _matrices, "stmatrix": _matrices, "fence": _nothing,
     "createpolicy": _nothing,
 }  # fmt: skip

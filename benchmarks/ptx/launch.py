@@ -17,7 +17,7 @@ from .machine import Machine
 from .memory import GlobalMemory, SharedMemory
 from .text import parse
 
-Watch = Callable[[Any, list[Tensor], list[Machine]], None]
+Watch = Callable[[Any, list[Machine]], None]
 
 
 class _Driver:
@@ -42,7 +42,7 @@ def launches(target: int, together: int | None = None, watch: Watch | None = Non
 
     Args:
         together: see `execute`.
-        watch: called after each, with traffic counted: the compiled kernel, its tensors, and the machines.
+        watch: called after each, with traffic counted: the compiled kernel, and the machines.
     """
     run_on_gpu = triton.JITFunction.run
 
@@ -54,7 +54,7 @@ def launches(target: int, together: int | None = None, watch: Watch | None = Non
             arguments = [bound[name] for name in self.arg_names]
             machines = execute(compiled, arguments, sizes, together=together, count=watch is not None)
             if watch is not None:
-                watch(compiled, [value for value in arguments if isinstance(value, Tensor)], machines)
+                watch(compiled, machines)
         return compiled
 
     before = triton.runtime.driver._active
@@ -75,7 +75,7 @@ def execute(
         compiled: Triton's compiled kernel.
         arguments: every argument of the function, constants included.
         grid: one to three sizes.
-        together: how many blocks run at once, from the last of the grid to the first; None: all.
+        together: how many blocks run at once, from the last of the grid on; None: all.
         count: traffic too.
     """
     program = parse(compiled.asm["ptx"])
@@ -86,18 +86,15 @@ def execute(
     bits += [0] * (len(program.parameters) - len(bits))  # Triton's scratch memory, which none of these kernels has
     sizes: Any = (*map(int, grid), 1, 1)[:3]
     blocks = np.stack(np.meshgrid(*(np.arange(size) for size in sizes), indexing="ij"), -1)
-    blocks = blocks.transpose(2, 1, 0, 3).reshape(-1, 3)  # x runs fastest
+    blocks = blocks.transpose(2, 1, 0, 3).reshape(-1, 3)[::-1]  # x runs fastest
     memory = GlobalMemory(tensors, count)
+    size = -(-compiled.metadata.shared // 16) * 16 or 16
     machines = []
-    parts = (
-        [blocks] if together is None else [blocks[::-1][at : at + together] for at in range(0, len(blocks), together)]
-    )
-    for part in parts:
-        if len(part):
-            size = -(-compiled.metadata.shared // 16) * 16 or 16
-            shared = SharedMemory(size, len(part), len(part) * program.threads, count)
-            machines.append(Machine(program, bits, sizes, part, memory, shared))
-            machines[-1].run()
+    for at in range(0, len(blocks), together or len(blocks)):
+        part = blocks[at : at + together] if together else blocks
+        shared = SharedMemory(size, len(part), len(part) * program.threads, count)
+        machines.append(Machine(program, bits, sizes, part, memory, shared))
+        machines[-1].run()
     return machines
 
 

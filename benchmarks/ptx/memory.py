@@ -25,18 +25,16 @@ class GlobalMemory:
     """The storages of some tensors, at their own addresses.
 
     Attributes:
-        sectors: 32-byte sectors moved, counted once for each instruction of a warp, by storage, in the order given.
-        asked: bytes that threads asked for.
+        sectors: 32-byte sectors moved, counted once for each instruction of a warp, by the address of the storage.
     """
 
     def __init__(self, tensors: list[Tensor], count: bool) -> None:
         self._count = count
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-        self._storages = [storages[start] for start in sorted(storages) if storages[start].nbytes()]
-        self._starts = np.array([storage.data_ptr() for storage in self._storages], np.uint64)
-        self._bytes = [torch.empty(0, dtype=torch.uint8).set_(storage).numpy() for storage in self._storages]
-        self.sectors = dict.fromkeys(map(int, self._starts), 0)
-        self.asked = dict.fromkeys(map(int, self._starts), 0)
+        starts = [start for start in sorted(storages) if storages[start].nbytes()]
+        self._starts = np.array(starts, np.uint64)
+        self._bytes = [torch.empty(0, dtype=torch.uint8).set_(storages[start]).numpy() for start in starts]
+        self.sectors = dict.fromkeys(starts, 0)
 
     def load(self, addresses: Array, threads: Array, size: int, count: int) -> Array:
         """`count` words of `size` bytes at each address [k]: unsigned [k, count]."""
@@ -74,7 +72,6 @@ class GlobalMemory:
             if self._count:
                 lines = (threads[chosen] // 32).astype(np.uint64) << np.uint64(40) | at // np.uint64(SECTOR)
                 self.sectors[start] += len(np.unique(lines)) * max(1, size * count // SECTOR)
-                self.asked[start] += len(at) * size * count
             yield chosen, held[: len(held) // size * size].view(f"u{size}"), (at // np.uint64(size)).astype(np.int64)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from bitdelta_compile.kernels import delta_embedding, layout, operands, reference, segments, tile, tile_linear
+from bitdelta_compile.kernels import configs, delta_embedding, layout, operands, reference, segments, tile, tile_linear
 
 # the interpreter's own, with loop bounds known at run time
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
@@ -72,7 +72,7 @@ def test_bits_of_x(wide):
         assert torch.equal(sums[:, 0, 1].long(), high.sum(1))
 
 
-@pytest.mark.parametrize(("entries", "slots"), [(1, 5), (7, 5), (200, 20), (segments.SPAN, 1), (1300, 5)])
+@pytest.mark.parametrize(("entries", "slots"), [(1, 5), (7, 5), (200, 20), (configs.SEGMENT_SPAN, 1), (1300, 5)])
 def test_segments(entries, slots):
     tenant = torch.randint(-1, slots + 1, (entries,), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
     order, starts, per_item = segments.plan_segments(tenant, 3 * entries, slots, tenant.device)

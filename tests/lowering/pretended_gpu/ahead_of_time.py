@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import without_gpu
 from torch._inductor import codecache, config
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
@@ -48,18 +46,8 @@ class Package:
     files: list[Path]
 
 
-def package(
-    folder: Path,
-    function: Callable[..., Any],
-    inputs: Sequence[torch.Tensor],
-    compile_graph: Callable[..., Any],
-    dynamic: Mapping[int, int] | None = None,
-    *,
-    one_size: bool = False,
-    most: int | None = None,
-    **options: Any,
-) -> Package:
-    """What would go into a package; arguments as for `without_gpu.generated`."""
+def package(folder: Path, *problem: Any, **about: Any) -> Package:
+    """What would go into a package made in `folder`; the rest as for `without_gpu.compile_until_generated`."""
     made: dict[str, Any] = {}
 
     def compile_kernels(self: Any) -> None:
@@ -85,7 +73,7 @@ def package(
         mock.patch.object(codecache.AotCodeCompiler, "compile", code_only),
         V.set_aot_compilation(True),
     ):
-        found = without_gpu.compile_until_generated(function, inputs, compile_graph, dynamic, one_size, most, options)
+        found = without_gpu.compile_until_generated(*problem, **about)
     launches = {name: _launch(name, found.code, compiled) for name, compiled in made.items()}
     return Package(found.code, launches, [Path(file) for file in found.files if isinstance(file, str)])
 

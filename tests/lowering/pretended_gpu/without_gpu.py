@@ -118,7 +118,19 @@ class Generated(BaseException):
         self.code, self.files = code, list(files)
 
 
-def generated(
+def generated(*problem: Any, **about: Any) -> str:
+    """The code that Inductor generates; arguments as for `compile_until_generated`."""
+    from torch._inductor.graph import GraphLowering
+
+    def code_only(self: Any) -> None:
+        code = self.codegen()[0]
+        raise Generated(getattr(code, "value", code))
+
+    with mock.patch.object(GraphLowering, "compile_to_module", code_only):
+        return compile_until_generated(*problem, **about).code
+
+
+def compile_until_generated(
     function: Callable[..., Any],
     inputs: Sequence[torch.Tensor],
     compile_graph: Callable[..., Any],
@@ -127,35 +139,16 @@ def generated(
     one_size: bool = False,
     most: int | None = None,
     **options: Any,
-) -> str:
-    """The code that Inductor generates for `function` on CUDA tensors like `inputs`.
+) -> Generated:
+    """Compile `function` for CUDA tensors like `inputs` until something raises `Generated`.
 
     Args:
         compile_graph: `lowering.inductor.compile_graph`, or a stand-in.
         dynamic: input -> its dimension of any size.
         one_size: those dimensions of equal size are of equal size in every call.
         most: what none of them exceeds.
+        options: for Inductor.
     """
-    from torch._inductor.graph import GraphLowering
-
-    def code_only(self: Any) -> None:
-        code = self.codegen()[0]
-        raise Generated(getattr(code, "value", code))
-
-    with mock.patch.object(GraphLowering, "compile_to_module", code_only):
-        return compile_until_generated(function, inputs, compile_graph, dynamic, one_size, most, options).code
-
-
-def compile_until_generated(
-    function: Callable[..., Any],
-    inputs: Sequence[torch.Tensor],
-    compile_graph: Callable[..., Any],
-    dynamic: Mapping[int, int] | None,
-    one_size: bool,
-    most: int | None,
-    options: Mapping[str, Any],
-) -> Generated:
-    """Compile on a pretended GPU until something raises `Generated`; arguments as for `generated`."""
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     settings = {"compile_threads": 1, "fx_graph_cache": False, "shape_padding": False, "autotune_in_subproc": False}
@@ -167,7 +160,7 @@ def compile_until_generated(
         with torch._guards.tracing(torch._guards.TracingContext(mode)), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                compile_graph(torch.fx.symbolic_trace(function), examples, dict(options))
+                compile_graph(torch.fx.symbolic_trace(function), examples, options)
             except Generated as found:
                 return found
     raise AssertionError("Inductor generated nothing")
