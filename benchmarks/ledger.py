@@ -76,27 +76,28 @@ def entries() -> Iterator[Entry]:
         constants |= {"BK": fused.BK, "SPLIT": fused.SPLIT, "STAGES": fused.STAGES, "FORM": "asm"}
         name = f"fused {_label(fused.delta)}"
         yield Entry(name, "fused", "fused_kernel", constants, fused.warps, fused.STAGES, BINARY_TARGETS, fused)
-    for table, is_sorted in ((configs.EXACT_DECODE, False), (configs.PREFILL, True)):
-        for exact in table:
-            forms: tuple[tuple[str, dict[str, Any], int, bool, tuple[int | str, ...]], ...] = (
-                ("", even, 1, False, EXACT_TARGETS),
-                (" 3 parts", even, 3, False, (90,) if is_sorted else (90, 100)),
-                (" ragged", odd, 1, False, (80, 89, 90, 120)),
-                (" with base", even, 1, True, (90,)),
+    one_plane = odd | {"P": 1, "XP": 1}
+    there: dict[tuple[configs.Exact, bool], list[int | str]] = {}
+    for target in EXACT_TARGETS:
+        for exact in configs.exact_decode(target):
+            there.setdefault((exact, False), []).append(target)
+        for exact in configs.prefill(target):
+            there.setdefault((exact, True), []).append(target)
+    for (exact, is_sorted), targets_of in there.items():
+        for form, constants, splits, base, wanted in (
+            ("", even, 1, False, EXACT_TARGETS),
+            (" 3 parts", even, 3, False, (90, 100, 120)),
+            (" ragged", odd, 1, False, EXACT_TARGETS),
+            (" ragged one plane", one_plane, 1, False, (90, 100)),
+            (" with base", even, 1, True, (90,)),
+        ):
+            constants = {**_sizes(exact.of_parts(splits)), **constants, **indexed, "SPLITS": splits, "BASE": base}
+            constants |= {"SORTED": is_sorted, "SP": 32, "FORM": "asm", "EVEN": constants["EVEN"] or exact.U == 1}
+            name = f"{'prefill' if is_sorted else 'exact'} {_label(exact)}{form}"
+            targets = tuple(target for target in targets_of if target in wanted)
+            yield Entry(
+                name, "delta_linear", "exact_kernel", constants, exact.warps, exact.STAGES, targets, exact, splits
             )
-            if exact == configs.PREFILL[2]:  # an entry for sm_100, which only autotuning could take elsewhere
-                forms = ((" of sm_100", even, 1, False, (90, 100)),)
-            for form, constants, splits, base, targets in forms:
-                constants = {**_sizes(exact.of_parts(splits)), **constants, **indexed, "SPLITS": splits, "BASE": base}
-                constants |= {"SORTED": is_sorted, "SP": 32, "FORM": "asm"}
-                name = f"{'prefill' if is_sorted else 'exact'} {_label(exact)}{form}"
-                if exact in configs.PREFILL[:2]:  # see there
-                    targets = tuple(target for target in targets if target != 100)
-                if exact == configs.PREFILL[0]:
-                    targets = tuple(target for target in targets if target not in (120, "gfx942"))
-                yield Entry(
-                    name, "delta_linear", "exact_kernel", constants, exact.warps, exact.STAGES, targets, exact, splits
-                )
     column = {"XP": 1, "COL": True, "INDEXED": True}
     yield Entry("bits", "operands", "bits_kernel", {**column, "WIDE": 0, "BK": 2048}, targets=BINARY_TARGETS)
     yield Entry("bits 24 bit", "operands", "bits_kernel", {**column, "WIDE": 1, "BK": 2048}, targets=(90,))

@@ -43,7 +43,7 @@ def ways() -> Iterator[tuple[str, int, _Call]]:
     yield "binary, groups", 4, apart(Plan(binary[2]))
     yield "base and binary", 1, together(Plan(configs.FUSED_DECODE[0]))
     yield "exact", 1, apart(Plan(configs.EXACT_DECODE[0]))
-    yield "prefill", 64, apart(Plan(configs.PREFILL[0], sorted=True))
+    yield "prefill", 64, apart(Plan(configs.PREFILL_SM90[0], sorted=True))
 
 
 @case(

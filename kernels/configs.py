@@ -40,7 +40,8 @@ class Binary:
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """Exact products of W R tiles of 16 outputs and BM rows of a slot, with W warps and U blocks per step.
+    """Exact products of W R tiles of 16 outputs and BM rows of a slot, with W warps and U blocks per step, of which D
+    bits of every word are multiplied at once.
 
     In the table BM is the rows of x in one part; of x in several parts fewer rows take the same place.
     """
@@ -49,6 +50,7 @@ class Exact:
     W: int
     U: int
     BM: int
+    D: int
     STAGES: int
 
     @property
@@ -90,12 +92,19 @@ class Fused:
 # One row of each slot; the second for grids too small to fill a GPU; the third where several rows share a slot.
 BINARY_DECODE = (Binary(4, 1, 1, 4, 1), Binary(2, 1, 1, 8, 1), Binary(2, 4, 1, 4, 1))
 # With three stages a step's loads are under way while the step before is multiplied; with two, Triton waits for all.
-EXACT_DECODE = (Exact(2, 4, 2, 8, 3),)
+EXACT_DECODE = (Exact(2, 4, 2, 8, 1, 3),)
+EXACT_DECODE_SM120 = (Exact(2, 2, 2, 8, 1, 3),)  # with more warps some forms spill
+EXACT_DECODE_AMD = (Exact(2, 4, 2, 16, 1, 2),)  # its matrix instructions have 16 columns or more
 FUSED_DECODE = (Fused(BINARY_DECODE[0], 64, 4, 4), Fused(BINARY_DECODE[2], 64, 4, 4))
-# Signs are a sixteenth of x's bytes: many outputs ask least of the caches. What is larger spills. The second is for few
-# rows of each slot, for sm_120, where the first may spill, and for AMD, which has less shared memory. The third is for
-# sm_100: with four warps Triton keeps the signs of all 16 bits in tensor memory, twice what there is.
-PREFILL = (Exact(2, 8, 1, 64, 3), Exact(2, 8, 1, 32, 3), Exact(2, 2, 2, 32, 3))
+# Signs are a sixteenth of x's bytes: many outputs ask least of the caches. What is larger spills. Of two entries the
+# first is for many rows of each slot.
+PREFILL = (Exact(2, 8, 1, 64, 1, 3), Exact(2, 8, 1, 32, 1, 3))
+# A warpgroup's products are begun one after the other and waited for once: the deeper, the less there is around them.
+# Elsewhere Triton would load x in other pieces than the instructions want, and move it from register to register.
+PREFILL_SM90 = (Exact(2, 8, 1, 64, 8, 3), Exact(2, 8, 1, 32, 8, 3))
+# With four warps Triton would multiply in tensor memory, of which all 16 bits, one at a time, need twice what there is.
+PREFILL_SM100 = (Exact(2, 2, 1, 64, 1, 2), Exact(1, 2, 2, 32, 1, 3))
+PREFILL_SMALL = PREFILL[1:]  # sm_120, where the first may spill, and AMD, which has less shared memory
 SEGMENT_ITEMS = 8  # that a program of the sort by slot places
 SEGMENT_SPAN = 512  # items that it looks at together, a multiple of those
 FIT_COLUMNS = 16  # columns of weights that a fit's kernel holds in registers; with 32 they spill
@@ -111,6 +120,7 @@ class Plan:
         splits: exact only: bf16 parts of x.
         sorted: rows are sorted into segments first (prefill); otherwise each group is led by one of its rows.
         form: how bits become numbers, see `tile.bit_operand`; in a fused kernel, how the base is multiplied.
+        others: entries that may take the place of `config`, for autotuning.
     """
 
     config: Binary | Exact | Fused
@@ -118,6 +128,12 @@ class Plan:
     splits: int = 1
     sorted: bool = False
     form: str = "asm"
+    others: tuple[Binary | Exact | Fused, ...] = dataclasses.field(default=(), compare=False)
+
+    @property
+    def entries(self) -> tuple[Binary | Exact | Fused, ...]:
+        """`config`, and then the others."""
+        return tuple(dict.fromkeys((self.config, *self.others)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +176,20 @@ def device_layout(device: torch.device) -> str:
     return FRAGMENTS if kernels else CANONICAL
 
 
+def exact_decode(arch: str | int | None) -> tuple[Exact, ...]:
+    """The exact entries for few rows of each slot."""
+    if not isinstance(arch, int):
+        return EXACT_DECODE_AMD
+    return EXACT_DECODE if arch < 120 else EXACT_DECODE_SM120
+
+
+def prefill(arch: str | int | None) -> tuple[Exact, ...]:
+    """The entries for many rows of each slot, the one for most of them first."""
+    if not isinstance(arch, int) or arch >= 120:
+        return PREFILL_SMALL
+    return PREFILL if arch < 90 else PREFILL_SM90 if arch < 100 else PREFILL_SM100
+
+
 def splits(dtype: torch.dtype, column: bool, exact: bool) -> int:
     """bf16 parts that hold x: all its bits, or with column scales and no call for exactness its own precision."""
     own = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
@@ -192,46 +222,23 @@ def choose(
         return None
     if not has_kernels(arch) or not (rows and outputs and features):
         return None
-    form = "asm" if isinstance(arch, int) else "plain"
-    many = PREFILL[1]
-    if isinstance(arch, int) and 100 <= arch < 120:
-        many = PREFILL[2]
-    elif isinstance(arch, int) and arch < 100 and rows >= slots * PREFILL[0].BM:
-        many = PREFILL[0]
-    if rows > DECODE_ROWS:
-        parts = splits(dtype, column, exact)
-        return Plan(many.of_parts(parts), splits=parts, sorted=True, form=form)
+    many = rows > DECODE_ROWS
     # From sm_100 on there is no binary MMA: it would be emulated.
     binary = not exact and isinstance(arch, int) and arch < 100 and features <= BINARY_FEATURES
-    parts = splits(dtype, column, True)
-    if unbounded is not None and not (binary and unbounded.decodes):
-        return Plan(many.of_parts(parts), splits=parts, sorted=True, form=form)
-    if not binary:
-        config = EXACT_DECODE[0].of_parts(parts)
-        if rows > slots * config.BM:
-            config = many.of_parts(parts)
-        return Plan(config, splits=parts, form=form)
+    if many or not binary or (unbounded is not None and not unbounded.decodes):
+        table, is_sorted = prefill(arch), many or unbounded is not None
+        entry = table[0 if rows >= slots * table[0].BM else -1]
+        parts = splits(dtype, column, exact or not many)
+        if not is_sorted and rows <= slots * exact_decode(arch)[0].of_parts(parts).BM:
+            table, entry = exact_decode(arch), exact_decode(arch)[0]
+        others = tuple(each.of_parts(parts) for each in table)
+        form = "asm" if isinstance(arch, int) else "plain"
+        return Plan(entry.of_parts(parts), splits=parts, sorted=is_sorted, form=form, others=others)
     wide = column or dtype == torch.float32  # x that has more than 16 bits
-    if rows > slots and _may_group(unbounded):
-        return Plan(BINARY_DECODE[2], wide=wide)
-    few = -(-outputs // (16 * BINARY_DECODE[0].tiles)) * rows < 256
-    return Plan(BINARY_DECODE[1 if few else 0], wide=wide)
-
-
-def alternatives(plan: Plan, unbounded: Unbounded | None = None) -> tuple[Binary | Exact | Fused, ...]:
-    """The plan's entry and the others of its list that may take its place, for autotuning."""
-    exact = (tuple(entry.of_parts(plan.splits) for entry in entries) for entries in (EXACT_DECODE, PREFILL))
-    lists: tuple[tuple[Binary | Exact | Fused, ...], ...] = (BINARY_DECODE, FUSED_DECODE, *exact)
-    others = next((entries for entries in lists if plan.config in entries), ())
     grouped = _may_group(unbounded)
-    allowed = [entry for entry in others if grouped or _rows_together(entry) == 1]
-    return tuple(dict.fromkeys([plan.config, *allowed]))
-
-
-def _rows_together(entry: Binary | Exact | Fused) -> int:
-    """Rows of a slot that must find each other; those of an `Exact` entry can be sorted."""
-    binary = entry.delta if isinstance(entry, Fused) else entry
-    return binary.G if isinstance(binary, Binary) else 1
+    few = -(-outputs // (16 * BINARY_DECODE[0].tiles)) * rows < 256
+    config = BINARY_DECODE[2 if rows > slots and grouped else 1 if few else 0]
+    return Plan(config, wide=wide, others=tuple(each for each in BINARY_DECODE if grouped or each.G == 1))
 
 
 def _may_group(unbounded: Unbounded | None) -> bool:
@@ -261,7 +268,8 @@ def choose_fused(
     )
     if plan is None or not isinstance(plan.config, Binary) or (unbounded is not None and not unbounded.indexed):
         return None
-    return dataclasses.replace(plan, config=FUSED_DECODE[1 if plan.config.G > 1 else 0])
+    others = tuple(each for each in FUSED_DECODE if _may_group(unbounded) or each.delta.G == 1)
+    return dataclasses.replace(plan, config=FUSED_DECODE[1 if plan.config.G > 1 else 0], others=others)
 
 
 def fused_pays(plan: Plan, rows: int, slots: int, outputs: int, features: int, dtype: torch.dtype) -> bool:

@@ -48,9 +48,10 @@ def binary_kernel(
 def exact_kernel(
     y_ptr, signs_ptr, row_scale_ptr, left_ptr, words_ptr, halves_ptr, inner_ptr, tenant_ptr, order_ptr, starts_ptr,
     x_ptr, weight_ptr, M, N, K, blocks, entries, rows_per_entry, rows_per_item, x_stride, SLOTS,
-    R: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
-    HALF: tl.constexpr, EVEN: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, XP: tl.constexpr, RANK: tl.constexpr,
-    INDEXED: tl.constexpr, SORTED: tl.constexpr, SP: tl.constexpr, BASE: tl.constexpr, FORM: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, HALF: tl.constexpr, EVEN: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, XP: tl.constexpr,
+    RANK: tl.constexpr, INDEXED: tl.constexpr, SORTED: tl.constexpr, SP: tl.constexpr, BASE: tl.constexpr,
+    FORM: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] by the exact path, with x @ weight.T added where BASE.
 
@@ -74,7 +75,7 @@ def exact_kernel(
         if slot >= 0:
             y = exact_delta(
                 signs_ptr, row_scale_ptr, left_ptr, words_ptr, halves_ptr, inner_ptr, slot, rows, tile, M, N, blocks,
-                R, W, U, BM, SPLITS, HALF, EVEN, P, XP, RANK, FORM, STAGES,
+                R, W, U, BM, D, SPLITS, HALF, EVEN, P, XP, RANK, FORM, STAGES,
             )  # fmt: skip
         if BASE:
             y = base_product(y, x_ptr, weight_ptr, rows, n, M, N, 0, K, K, x_stride, 64, FORM, 1)
@@ -171,8 +172,8 @@ def launch_arguments(
         constants |= {"WIDE": int(plan.wide), "CP": triton.next_power_of_2(chunks)}
         constants |= {"EVEN": blocks % (config.WK * config.U) == 0, "num_stages": 1}
     elif isinstance(config, Exact):
-        constants |= {"R": config.R, "W": config.W, "U": config.U, "BM": config.BM, "STAGES": config.STAGES}
-        constants |= {"EVEN": blocks % config.U == 0, "num_stages": config.STAGES}
+        constants |= {"R": config.R, "W": config.W, "U": config.U, "BM": config.BM, "D": config.D}
+        constants |= {"EVEN": blocks % config.U == 0, "STAGES": config.STAGES, "num_stages": config.STAGES}
     return {
         "left": x if left is None else left,
         "inner": x if right is None else operands.inner(x, right, tenant),

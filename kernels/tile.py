@@ -215,10 +215,28 @@ def word_matrix(words, R: tl.constexpr, W: tl.constexpr, U: tl.constexpr):
 
 
 @triton.jit
-def exact_step(acc, words, x_ptrs, x_mask, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """acc + words @ x for the 16 bits of int16 words [BN, BW]; x_ptrs [BW, columns] of bit 0."""
-    for j in tl.static_range(16):
-        operand = bit_operand(words, j, FORM)
+def bit_operands(words, J: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr):
+    """Bits J, J + STEP, ... of int16 words [BN, BW] as numbers [BN, BW, 2, ..., 2], D of them in order."""
+    if D == 1:
+        numbers = bit_operand(words, J, FORM)
+    else:
+        even = bit_operands(words, J, 2 * STEP, D // 2, FORM)
+        numbers = tl.join(even, bit_operands(words, J + STEP, 2 * STEP, D // 2, FORM))
+    return numbers
+
+
+@triton.jit
+def exact_step(
+    acc, words, x_ptrs, x_mask, U: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, FORM: tl.constexpr
+):  # fmt: skip
+    """acc + words @ x for the 16 bits of int16 words [BN, 16 U], D at a time.
+
+    x_ptrs [16 D U, columns]: of the first D bits; bit d of word 16 u + w is row 16 (D u + d) + w.
+    """
+    for j in tl.static_range(0, 16, D):
+        # On NVIDIA this moves nothing: what a lane holds for D instructions it holds for one that is D times as deep.
+        bits = tl.reshape(bit_operands(words, j, 1, D, FORM), (words.shape[0], U, 16, D))
+        operand = tl.reshape(tl.permute(bits, (0, 1, 3, 2)), (words.shape[0], 16 * D * U))
         x = tl.load(x_ptrs + 16 * j, mask=x_mask, other=0.0) if MASKED else tl.load(x_ptrs + 16 * j)
         if FORM == "interpreted":
             x = x.to(tl.float32)
@@ -229,7 +247,7 @@ def exact_step(acc, words, x_ptrs, x_mask, MASKED: tl.constexpr, FORM: tl.conste
 @triton.jit
 def exact_product(
     signs_ptr, words_ptr, halves_ptr, x_row, tile, tiles, width, blocks, live,
-    R: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
     HALF: tl.constexpr, EVEN: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Products of R W tiles of signs and BM rows of x, by tensor cores with fp32 sums.
@@ -244,7 +262,7 @@ def exact_product(
         x_row: int32 [BM], rows of them.
         tile, tiles, width, blocks, HALF: as in `binary_product`.  EVEN: U divides blocks.
         live: 0 for an absent plane, whose result is then meaningless, else 1.
-        W: warps.
+        W: warps.  D: bits of a word that one product takes.
 
     Returns:
         fp32 [16 R W, BM], row 16 (tile + W r + w) + 8 h + g of N at 16 (W r + w) + 8 h + g, not yet scaled.
@@ -261,10 +279,10 @@ def exact_product(
     signs += element[None, None, None, :]  # [W, R, U, 256]
     stored = blocks + HALF
     depth: tl.constexpr = 256 * SPLITS
-    word = tl.arange(0, 16 * U)
+    feature = tl.arange(0, 16 * D * U)
     part = tl.minimum(column // BM, SPLITS - 1) * 256
     x_start = words_ptr + (row_of.to(tl.int64) * (stored * depth) + part)[None, :]
-    x_ptrs = x_start + (word // 16 * depth + word % 16)[:, None]
+    x_ptrs = x_start + (feature // (16 * D) * depth + feature % (16 * D))[:, None]
     half = tl.zeros((16, PARTS * BM), tl.float32)
     for first in range(0, stored, 16):
         at = first + tl.arange(0, 16)
@@ -277,15 +295,15 @@ def exact_product(
             words = tl.load(signs + block * 256)
         else:
             words = tl.load(signs + block * 256, mask=(block + unit < blocks)[None, None, :, None], other=0)
-        x_inside = (block + word // 16 < blocks)[:, None]
-        acc = exact_step(acc, word_matrix(words, R, W, U), x_ptrs + block * depth, x_inside, not EVEN, FORM)
+        x_inside = (block + feature // (16 * D) < blocks)[:, None]
+        acc = exact_step(acc, word_matrix(words, R, W, U), x_ptrs + block * depth, x_inside, U, D, not EVEN, FORM)
     if HALF:
         there = (element // 4 % 2 == 0) & (live > 0)
         place = tl.where(there, element // 8 * 4 + element % 4, 0)
         last = halfwords + (tile_of * (2 * width) + blocks * 256)[:, :, None, None] + place[None, None, None, :]
         words = word_matrix(tl.load(last, mask=there[None, None, None, :], other=0), R, W, 1)
-        x_ptrs = x_start + (blocks * depth + tl.arange(0, 16))[:, None]
-        acc = exact_step(acc, words, x_ptrs, True, False, FORM)
+        x_ptrs = x_start + (blocks * depth + tl.arange(0, 16 * D))[:, None]
+        acc = exact_step(acc, words, x_ptrs, True, 1, D, False, FORM)
     if PARTS > 1:
         acc = tl.where((column < SPLITS * BM)[None, :], acc, 0.0)
         acc = tl.sum(tl.reshape(acc, (R * W * 16, PARTS, BM)), 1)

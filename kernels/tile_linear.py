@@ -131,14 +131,16 @@ def binary_delta(
 @triton.jit
 def exact_delta(
     signs_ptr, row_scale_ptr, left_ptr, words_ptr, halves_ptr, inner_ptr, slot, rows, tile, M, N, blocks,
-    R: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr, HALF: tl.constexpr,
-    EVEN: tl.constexpr, P: tl.constexpr, XP: tl.constexpr, RANK: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    HALF: tl.constexpr, EVEN: tl.constexpr, P: tl.constexpr, XP: tl.constexpr, RANK: tl.constexpr, FORM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The delta's share of 16 R W outputs of BM rows of one slot, by the exact path: fp32 [16 R W, BM].
 
     Args: as `binary_delta`, with words_ptr and halves_ptr from `operands.x_words` and the rest as in
         `tile.exact_product`.
     """
+    DEPTH: tl.constexpr = 2 if P > 1 and D > 2 else D  # two sums at a time leave fewer registers
     tiles = (N + 15) // 16
     width = blocks * 128 + 64 * HALF
     n = tile * 16 + tl.arange(0, R * W * 16)
@@ -150,7 +152,7 @@ def exact_delta(
         live = is_live(tl.load(row_scales, mask=n < N, other=0.0), P > 1)
         product = exact_product(
             signs_ptr + plane * tiles * width, words_ptr, halves_ptr, row * XP + tl.minimum(p, XP - 1), tile, tiles,
-            width, blocks, live, R, W, U, BM, SPLITS, HALF, EVEN, FORM, STAGES,
+            width, blocks, live, R, W, U, BM, DEPTH, SPLITS, HALF, EVEN, FORM, STAGES,
         )  # fmt: skip
         row_scale = tl.load(row_scales, mask=n < N, other=0.0)  # here, so that the loop has its registers
         share = product * row_scale[:, None]

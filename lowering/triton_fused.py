@@ -49,14 +49,11 @@ def base_delta_linear(problem: Problem, weight: Any, layout_name: str, exact: bo
     launch, arrived = _fused(problem, weight, plan)
     if not autotuned():
         return selected("bitdelta_base_delta", launch.choices(problem, (plan.config,)), launch.nodes, problem)
-    choices = launch.choices(problem, configs.alternatives(plan, rows.unbounded))
+    choices = launch.choices(problem, plan.entries)
     apart = plan_of(problem, layout_name, exact)
     assert apart is not None
     delta = delta_launch(problem, apart)
-    choices += [
-        BaseThenDelta(problem, weight, each, launch.nodes)
-        for each in delta.choices(problem, configs.alternatives(apart, rows.unbounded))
-    ]
+    choices += [BaseThenDelta(problem, weight, each, launch.nodes) for each in delta.choices(problem, apart.entries)]
     generators = {[node is arrived for node in launch.nodes].index(True): _zeros}
     return selected("bitdelta_base_delta", choices, launch.nodes, problem, generators)
 
@@ -64,7 +61,7 @@ def base_delta_linear(problem: Problem, weight: Any, layout_name: str, exact: bo
 def _fused(problem: Problem, weight: Any, plan: configs.Plan) -> tuple[Launch, Any]:
     """The fused kernel, and which of its inputs counts arrivals."""
     rows, size = problem.rows, problem.x.get_size()[0]
-    entries = [entry for entry in configs.alternatives(plan, rows.unbounded) if isinstance(entry, configs.Fused)]
+    entries = [entry for entry in plan.entries if isinstance(entry, configs.Fused)]
     made, constants = binary_operands(problem, plan)
     constants |= {
         "K": problem.features,

@@ -95,7 +95,7 @@ def delta_linear(problem: Problem, layout_name: str, exact: bool = False) -> Any
     if plan is None:
         return None
     launch = delta_launch(problem, plan)
-    entries = configs.alternatives(plan, problem.rows.unbounded) if autotuned() else (plan.config,)
+    entries = plan.entries if autotuned() else (plan.config,)
     return selected(f"bitdelta_{launch.name}", launch.choices(problem, entries), launch.nodes, problem)
 
 

@@ -20,10 +20,12 @@ HOT_LOOP = {  # thread-instructions per weight on sm_90
     "exact 3 parts": 0.85,
     "exact ragged": 0.9,
     "exact with base": 0.85,
-    "prefill": 1.4,  # for 32 or 64 rows at once
-    "prefill 3 parts": 1.4,
-    "prefill ragged": 1.4,
-    "prefill with base": 1.4,
+    "exact ragged one plane": 0.9,
+    "prefill": 1.0,  # for 32 or 64 rows at once
+    "prefill 3 parts": 1.0,
+    "prefill ragged": 1.2,  # of several planes
+    "prefill ragged one plane": 1.0,
+    "prefill with base": 1.0,
 }
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KiB that a program can have
 

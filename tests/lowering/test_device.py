@@ -70,17 +70,26 @@ FACTS = {"outputs": 4096, "features": 4096, "dtype": torch.bfloat16, "column": F
         (90, 16, 16, {"dtype": torch.float32}, configs.Plan(configs.BINARY_DECODE[0], wide=True)),
         (90, 16, 16, {"exact": True}, configs.Plan(configs.EXACT_DECODE[0])),
         (90, 16, 16, {"exact": True, "column": True}, configs.Plan(configs.EXACT_DECODE[0].of_parts(3), splits=3)),
-        (120, 16, 16, {"dtype": torch.float16}, configs.Plan(configs.EXACT_DECODE[0].of_parts(2), splits=2)),
-        (90, 16, 4, {"exact": True, "column": True}, configs.Plan(configs.PREFILL[1].of_parts(3), splits=3)),
-        (90, 16, 1, {"exact": True}, configs.Plan(configs.PREFILL[1])),
-        ("gfx942", 16, 16, {}, configs.Plan(configs.EXACT_DECODE[0], form="plain")),
+        (100, 16, 16, {"dtype": torch.float16}, configs.Plan(configs.EXACT_DECODE[0].of_parts(2), splits=2)),
+        (90, 16, 4, {"exact": True, "column": True}, configs.Plan(configs.PREFILL_SM90[1].of_parts(3), splits=3)),
+        (90, 16, 1, {"exact": True}, configs.Plan(configs.PREFILL_SM90[1])),
+        (120, 16, 16, {}, configs.Plan(configs.EXACT_DECODE_SM120[0])),
+        ("gfx942", 16, 16, {}, configs.Plan(configs.EXACT_DECODE_AMD[0], form="plain")),
         (90, 16, 16, {"features": 40000}, configs.Plan(configs.EXACT_DECODE[0])),
-        (90, 4096, 4, {}, configs.Plan(configs.PREFILL[0], sorted=True)),
-        (90, 4096, 4, {"dtype": torch.float32}, configs.Plan(configs.PREFILL[0].of_parts(3), splits=3, sorted=True)),
-        (90, 4096, 65, {}, configs.Plan(configs.PREFILL[1], sorted=True)),
-        (100, 4096, 4, {}, configs.Plan(configs.PREFILL[2], sorted=True)),
-        (120, 4096, 4, {}, configs.Plan(configs.PREFILL[1], sorted=True)),
-        ("gfx942", 4096, 4, {}, configs.Plan(configs.PREFILL[1], sorted=True, form="plain")),
+        (80, 4096, 4, {}, configs.Plan(configs.PREFILL[0], sorted=True)),
+        (89, 4096, 65, {}, configs.Plan(configs.PREFILL[1], sorted=True)),
+        (90, 4096, 4, {}, configs.Plan(configs.PREFILL_SM90[0], sorted=True)),
+        (
+            90,
+            4096,
+            4,
+            {"dtype": torch.float32},
+            configs.Plan(configs.PREFILL_SM90[0].of_parts(3), splits=3, sorted=True),
+        ),
+        (90, 4096, 65, {}, configs.Plan(configs.PREFILL_SM90[1], sorted=True)),
+        (100, 4096, 4, {}, configs.Plan(configs.PREFILL_SM100[0], sorted=True)),
+        (120, 4096, 4, {}, configs.Plan(configs.PREFILL_SMALL[0], sorted=True)),
+        ("gfx942", 4096, 4, {}, configs.Plan(configs.PREFILL_SMALL[0], sorted=True, form="plain")),
         (90, 16, 16, {"layout": layout.CANONICAL}, None),
         (90, 16, 16, {"dtype": torch.float64}, None),
         (75, 16, 16, {}, None),
@@ -99,7 +108,7 @@ def test_static_facts_choose_the_kernel(arch, rows, slots, change, expected):
 ONE_EACH = configs.Unbounded(indexed=True, each=1)
 PROMPTS = configs.Unbounded(indexed=True, each=None)
 NO_INDEX = configs.Unbounded(indexed=False, each=None)
-SORTED = configs.Plan(configs.PREFILL[1], sorted=True)
+SORTED = configs.Plan(configs.PREFILL_SM90[1], sorted=True)
 
 
 @pytest.mark.parametrize(
@@ -110,16 +119,15 @@ SORTED = configs.Plan(configs.PREFILL[1], sorted=True)
         (90, 16, 1, NO_INDEX, configs.Plan(configs.BINARY_DECODE[2])),
         (90, 16, 16, PROMPTS, SORTED),
         (90, 16, 16, dataclasses.replace(ONE_EACH, each=configs.MOST_ROWS_EACH + 1), SORTED),
-        (120, 16, 16, ONE_EACH, SORTED),
-        (90, 4096, 4, ONE_EACH, configs.Plan(configs.PREFILL[0], sorted=True)),
+        (120, 16, 16, ONE_EACH, configs.Plan(configs.PREFILL_SMALL[0], sorted=True)),
+        (90, 4096, 4, ONE_EACH, configs.Plan(configs.PREFILL_SM90[0], sorted=True)),
     ],
 )
 def test_static_facts_choose_the_kernel_for_any_number_of_rows(arch, rows, slots, unbounded, expected):
     found = configs.choose(arch, rows, slots, **FACTS, unbounded=unbounded)
     assert found == expected
-    others = configs.alternatives(found, unbounded)
-    assert others[0] == found.config
-    assert all(not isinstance(each, configs.Binary) or each.G == 1 or unbounded is NO_INDEX for each in others)
+    assert found.entries[0] == found.config
+    assert all(not isinstance(each, configs.Binary) or each.G == 1 or unbounded is NO_INDEX for each in found.entries)
 
 
 def test_one_launch_is_for_few_rows_of_wide_layers():

@@ -14,7 +14,8 @@ from torch import Tensor
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 FORM = "asm" if "RUN_PTX" in os.environ else "interpreted"
-SMALL = configs.Exact(1, 2, 2, 8, 1)
+PREFILL = configs.prefill(int(os.environ.get("RUN_PTX", "90")))[0]
+SMALL = configs.Exact(1, 2, 2, 8, 1, 1)
 EXACT = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
@@ -41,7 +42,7 @@ PLANS = {
     "binary groups": (binary(configs.BINARY_DECODE[2], True), 2e-6),
     "binary along N": (binary(configs.Binary(1, 2, 2, 2, 2), True), 2e-6),
     "exact": (exact(SMALL, 3), 2e-6),
-    "prefill": (exact(configs.PREFILL[0].of_parts(3), 3, is_sorted=True), 2e-6),
+    "prefill": (exact(PREFILL.of_parts(3), 3, is_sorted=True), 2e-6),
 }
 
 
@@ -250,7 +251,7 @@ def test_a_base_of_two_bytes_and_many_steps(bank, packed, kind):
         assert config.part(1400) > config.STAGES * config.BK
         found = fused.base_delta_linear(x, weight, None, *arguments, configs.Plan(config, form=FORM))
     else:
-        plan = exact(*((SMALL, 1) if kind == "exact" else (configs.PREFILL[0], 1)), is_sorted=kind == "prefill")
+        plan = exact(*((SMALL, 1) if kind == "exact" else (PREFILL, 1)), is_sorted=kind == "prefill")
         found = delta_linear.delta_linear(x, *arguments, plan, weight=weight)
     base = torch.nn.functional.linear(x.double(), weight.double())
     assert worst(found, base + reference.delta_linear(x, *tensors, tenant)) < 2e-2

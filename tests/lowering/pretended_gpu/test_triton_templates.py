@@ -62,6 +62,30 @@ def test_compiled_code_is_right(name):
     check(PROBLEMS[name], [without_gpu.run(code, each, 90) for each in inputs])
 
 
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if name != "apart"])
+def test_a_cuda_graph_of_it_is_right(name, monkeypatch):
+    """Nothing is left outside of the graph, and launches made once are right for whatever lies in its inputs later."""
+    problem = PROBLEMS[name]
+    monkeypatch.setattr(problem, "options", {**problem.options, "triton.cudagraphs": True}, raising=False)
+    code, (inputs, *_) = generate(problem)
+    partition, rest = code.split("\nclass Runner")
+    assert partition.count("def partition_0(") == 1
+    assert ".run(" not in rest
+    assert rest.count("self.partitions[") == 1
+    inputs, launches = [tensor.clone() for tensor in inputs], []
+    (found,) = without_gpu.run(code, inputs, 90, launches)
+    arguments = inputs[-len(problem.inputs(problem.calls[0])) :]
+    moved = arguments[: len(problem.calls[0])]
+    for tensor in moved:
+        tensor.copy_(torch.randn(tensor.shape) if tensor.is_floating_point() else tensor.flip(0))
+    assert len(launches) > 1
+    for launch in launches:
+        launch()
+    expected = problem.expected(*arguments)
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < problem.tolerance, float(error)
+
+
 def check(problem, results):
     for call, (found,) in zip(problem.calls, results, strict=True):
         expected = problem.expected(*problem.inputs(call))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
@@ -197,6 +198,7 @@ class Kernel:
     kind: str
     told: dict[str, Any]
     capability: int | None
+    record: list[Callable[[], None]] | None = None
 
     @property
     def parameters(self) -> list[str]:
@@ -229,7 +231,10 @@ class Kernel:
         given |= chosen
         machine = importlib.import_module("measured.ptx.launch")
         compiled = assemble(self, self.capability, chosen)
-        machine.execute(compiled, [given.get(name) for name in self.parameters], grid)
+        launch = functools.partial(machine.execute, compiled, [given.get(name) for name in self.parameters], grid)
+        if self.record is not None:
+            self.record.append(launch)
+        launch()
 
 
 @dataclasses.dataclass
@@ -237,6 +242,7 @@ class _Compiler:
     """Stands in for Inductor's AsyncCompile."""
 
     capability: int | None = None
+    record: list[Callable[[], None]] | None = None
 
     def triton(self, name: str, source: str, **kwargs: Any) -> Kernel:
         found: list[Kernel] = []
@@ -244,7 +250,7 @@ class _Compiler:
         def heuristic(kind: str) -> Callable[..., Any]:
             def told(**kwargs: Any) -> Callable[[Any], Any]:
                 def keep(function: Any) -> Any:
-                    found.append(Kernel(function, kind, kwargs, self.capability))
+                    found.append(Kernel(function, kind, kwargs, self.capability, self.record))
                     return function
 
                 return keep
@@ -272,28 +278,33 @@ def _written(source: str) -> tuple[str, str]:
     return PyCodeCache.write(source, extra=f"without a GPU {id(object())} {torch.rand(1).item()}")
 
 
-def module_of(code: str, capability: int | None = None) -> dict[str, Any]:
+def module_of(
+    code: str, capability: int | None = None, record: list[Callable[[], None]] | None = None
+) -> dict[str, Any]:
     """The generated module, with CPU tensors for CUDA's and our kernels for compiled ones."""
     code = code.replace("_empty_strided_cuda", "_empty_strided_cpu").replace("AsyncCompile()", "_compiler")
     code = re.sub(r"with torch\.cuda\._DeviceGuard\(\d+\)", "with _no_guard()", code)
     scope: dict[str, Any] = {
         "__name__": "generated",
         "__file__": "generated",
-        "_compiler": _Compiler(capability),
+        "_compiler": _Compiler(capability, record),
         "_no_guard": contextlib.nullcontext,
     }
     exec(compile(code, "generated", "exec"), scope)
     return scope
 
 
-def run(code: str, inputs: Sequence[Any], capability: int | None = None) -> list[torch.Tensor]:
+def run(
+    code: str, inputs: Sequence[Any], capability: int | None = None, record: list[Callable[[], None]] | None = None
+) -> list[torch.Tensor]:
     """Results of the generated code on CPU tensors; sizes that the code takes come first, as it wants them.
 
     Args:
         capability: what the kernels are compiled for, None for Triton's interpreter.
+        record: gets every launch, to be made again with the same tensors and numbers, as a CUDA graph does.
     """
     with pretended_gpu():
-        return list(module_of(code, capability)["call"](list(inputs)))
+        return list(module_of(code, capability, record)["call"](list(inputs)))
 
 
 def kernels(code: str) -> dict[str, Kernel]:
