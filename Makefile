@@ -5,6 +5,7 @@
 PYTHON ?= python3
 PIP_TORCH_ARGS ?=
 ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -38,8 +39,9 @@ $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
 demo: $(VENV)/.extra-demo
 	$(BIN)/bitdelta demo --out demo-output $(ARGS)
 
+# Most of the time goes into compilers: processes side by side, whose threads do not spin while they wait.
 test: $(VENV)/.extra-test
-	$(BIN)/pytest --durations=10 $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist worksteal --durations=10 $(ARGS)
 
 lint: $(VENV)/.extra-lint types
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ class Entry:
 
 
 def entries() -> Iterator[Entry]:
-    """Every kernel with every entry of the table; rarer forms (24 bits, parts, ragged sizes, planes) for sm_90 only."""
+    """Every kernel with every entry of the table; rarer forms (24 bits, parts, planes, a base) for few targets."""
     even: dict[str, Any] = {"HALF": 0, "EVEN": True, "P": 1, "XP": 1, "RANK": 0}
     odd: dict[str, Any] = {"HALF": 1, "EVEN": False, "P": 2, "XP": 2, "RANK": 16}
     indexed = {"INDEXED": True, "MP": _ROWS}
@@ -94,10 +94,10 @@ def entries() -> Iterator[Entry]:
             constants = {**_sizes(exact.of_parts(splits)), **constants, **indexed, "SPLITS": splits, "BASE": base}
             constants |= {"SORTED": is_sorted, "SP": 32, "FORM": "asm", "EVEN": constants["EVEN"] or exact.U == 1}
             name = f"{'prefill' if is_sorted else 'exact'} {_label(exact)}{form}"
-            targets = tuple(target for target in targets_of if target in wanted)
-            yield Entry(
-                name, "delta_linear", "exact_kernel", constants, exact.warps, exact.STAGES, targets, exact, splits
-            )
+            if targets := tuple(target for target in targets_of if target in wanted):
+                yield Entry(
+                    name, "delta_linear", "exact_kernel", constants, exact.warps, exact.STAGES, targets, exact, splits
+                )
     column = {"XP": 1, "COL": True, "INDEXED": True}
     yield Entry("bits", "operands", "bits_kernel", {**column, "WIDE": 0, "BK": 2048}, targets=BINARY_TARGETS)
     yield Entry("bits 24 bit", "operands", "bits_kernel", {**column, "WIDE": 1, "BK": 2048}, targets=(90,))
@@ -166,7 +166,7 @@ def count(entry: Entry, target: int | str, compiled: Any) -> Record:
     instructions, registers = disassemble(compiled.asm["cubin"])
     record |= {"registers": registers, "spills": sum(_name(text) in ("LDL", "STL") for _, text in instructions)}
     loop = hot_loop(instructions, "BMMA" if isinstance(entry.config, configs.Binary | configs.Fused) else "MMA")
-    if entry.config is not None and loop and target < 100:
+    if entry.config is not None and loop:
         record["per_weight"] = len(loop) * 32 / weights(entry, loop)
         record["loop"] = dict(collections.Counter(_name(text) for text in loop).most_common(8))
         if waits := re.findall(r"DEPBAR\.LE SB\d, (\w+)", "\n".join(loop)):

@@ -1,7 +1,7 @@
 """The only table of kernel shapes, and the only place that picks a kernel: by static facts, never by a tensor's data.
 
 Needs no triton. Which entry is fastest has not been measured on a device: the order within a list is a guess from
-instruction counts and occupancy, and autotuning takes any entry of the list.
+instruction counts and occupancy, and autotuning takes any entry of the list for an architecture.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Binary:
 @dataclasses.dataclass(frozen=True)
 class Exact:
     """Exact products of W R tiles of 16 outputs and BM rows of a slot, with W warps and U blocks per step, of which D
-    bits of every word are multiplied at once.
+    bits of every word are multiplied at once: two at most where there are several planes, for want of registers.
 
     In the table BM is the rows of x in one part; of x in several parts fewer rows take the same place.
     """
@@ -93,8 +93,9 @@ class Fused:
 BINARY_DECODE = (Binary(4, 1, 1, 4, 1), Binary(2, 1, 1, 8, 1), Binary(2, 4, 1, 4, 1))
 # With three stages a step's loads are under way while the step before is multiplied; with two, Triton waits for all.
 EXACT_DECODE = (Exact(2, 4, 2, 8, 1, 3),)
-EXACT_DECODE_SM120 = (Exact(2, 2, 2, 8, 1, 3),)  # with more warps some forms spill
-EXACT_DECODE_AMD = (Exact(2, 4, 2, 16, 1, 2),)  # its matrix instructions have 16 columns or more
+EXACT_DECODE_SM120 = (Exact(2, 2, 2, 8, 1, 3),)  # with more warps fp32 x spills
+# Its matrix instructions have 16 columns or more, and two stages load ahead.
+EXACT_DECODE_AMD = (Exact(2, 4, 2, 16, 1, 2),)
 FUSED_DECODE = (Fused(BINARY_DECODE[0], 64, 4, 4), Fused(BINARY_DECODE[2], 64, 4, 4))
 # Signs are a sixteenth of x's bytes: many outputs ask least of the caches. What is larger spills. Of two entries the
 # first is for many rows of each slot.
@@ -102,8 +103,9 @@ PREFILL = (Exact(2, 8, 1, 64, 1, 3), Exact(2, 8, 1, 32, 1, 3))
 # A warpgroup's products are begun one after the other and waited for once: the deeper, the less there is around them.
 # Elsewhere Triton would load x in other pieces than the instructions want, and move it from register to register.
 PREFILL_SM90 = (Exact(2, 8, 1, 64, 8, 3), Exact(2, 8, 1, 32, 8, 3))
-# With four warps Triton would multiply in tensor memory, of which all 16 bits, one at a time, need twice what there is.
-PREFILL_SM100 = (Exact(2, 2, 1, 64, 1, 2), Exact(1, 2, 2, 32, 1, 3))
+# Tiles that four warps can share Triton would multiply in tensor memory, of which the bits, one at a time, need twice
+# what there is; with two warps larger tiles spill.
+PREFILL_SM100 = (Exact(2, 2, 1, 32, 1, 3),)
 PREFILL_SMALL = PREFILL[1:]  # sm_120, where the first may spill, and AMD, which has less shared memory
 SEGMENT_ITEMS = 8  # that a program of the sort by slot places
 SEGMENT_SPAN = 512  # items that it looks at together, a multiple of those
@@ -231,14 +233,19 @@ def choose(
         parts = splits(dtype, column, exact or not many)
         if not is_sorted and rows <= slots * exact_decode(arch)[0].of_parts(parts).BM:
             table, entry = exact_decode(arch), exact_decode(arch)[0]
-        others = tuple(each.of_parts(parts) for each in table)
         form = "asm" if isinstance(arch, int) else "plain"
-        return Plan(entry.of_parts(parts), splits=parts, sorted=is_sorted, form=form, others=others)
+        others = _of_parts(table, parts)
+        return Plan(others[table.index(entry)], splits=parts, sorted=is_sorted, form=form, others=others)
     wide = column or dtype == torch.float32  # x that has more than 16 bits
     grouped = _may_group(unbounded)
     few = -(-outputs // (16 * BINARY_DECODE[0].tiles)) * rows < 256
     config = BINARY_DECODE[2 if rows > slots and grouped else 1 if few else 0]
     return Plan(config, wide=wide, others=tuple(each for each in BINARY_DECODE if grouped or each.G == 1))
+
+
+@functools.cache
+def _of_parts(table: tuple[Exact, ...], parts: int) -> tuple[Exact, ...]:
+    return tuple(entry.of_parts(parts) for entry in table)
 
 
 def _may_group(unbounded: Unbounded | None) -> bool:

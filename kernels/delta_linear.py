@@ -17,7 +17,7 @@ from torch import Tensor
 from . import operands
 from .configs import Binary, Exact, Plan
 from .segments import plan_segments, rows_of_segment
-from .tile_linear import base_product, binary_delta, exact_delta, led_rows, slot_of_row
+from .tile_linear import binary_delta, exact_delta, led_rows, slot_of_row, with_base
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def exact_kernel(
                 R, W, U, BM, D, SPLITS, HALF, EVEN, P, XP, RANK, FORM, STAGES,
             )  # fmt: skip
         if BASE:
-            y = base_product(y, x_ptr, weight_ptr, rows, n, M, N, 0, K, K, x_stride, 64, FORM, 1)
+            y = with_base(y, x_ptr, weight_ptr, rows, n, M, N, K, x_stride, FORM)
         there = (n < N)[:, None] & (rows < M)[None, :]
         tl.store(y_ptr + n[:, None] + rows.to(tl.int64)[None, :] * N, y.to(y_ptr.dtype.element_ty), mask=there)
 

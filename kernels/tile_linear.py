@@ -140,7 +140,7 @@ def exact_delta(
     Args: as `binary_delta`, with words_ptr and halves_ptr from `operands.x_words` and the rest as in
         `tile.exact_product`.
     """
-    DEPTH: tl.constexpr = 2 if P > 1 and D > 2 else D  # two sums at a time leave fewer registers
+    DEPTH: tl.constexpr = 2 if P > 1 and D > 2 else D  # see configs.Exact
     tiles = (N + 15) // 16
     width = blocks * 128 + 64 * HALF
     n = tile * 16 + tl.arange(0, R * W * 16)
@@ -162,6 +162,13 @@ def exact_delta(
     if RANK > 0:
         total += low_rank(left_ptr, inner_ptr, slot, rows, n, M, N, RANK, False)
     return total
+
+
+@triton.jit
+def with_base(y, x_ptr, weight_ptr, rows, n, M, N, K, x_stride, FORM: tl.constexpr):
+    """y + weight[n] @ x[rows].T, fp32 [n, rows]: the base in the exact kernel's launch; weight [N, K]."""
+    # With steps of 64 features ptxas would run the matrix instructions of both loops one by one.
+    return base_product(y, x_ptr, weight_ptr, rows, n, M, N, 0, K, K, x_stride, 32, FORM, 3)
 
 
 @triton.jit

@@ -150,10 +150,14 @@ def _wanted(delta: fx.Node) -> bool:
     slots, _, outputs = row_scale.shape
     facts = (rows.likely, slots, outputs, x.shape[-1], x.dtype)
     options: dict[str, Any] = {"layout": "canonical", "exact": False, **delta.kwargs}
-    plan = configs.choose_fused(
-        configs.architecture(x.device), *facts, column=delta.args[3] is not None, unbounded=rows.unbounded, **options
-    )
-    return plan is not None and (config.max_autotune or config.max_autotune_gemm or configs.fused_pays(plan, *facts))
+    options |= {"column": delta.args[3] is not None, "unbounded": rows.unbounded}
+    arch = configs.architecture(x.device)
+    plan = configs.choose_fused(arch, *facts, **options)
+    timed = bool(config.max_autotune or config.max_autotune_gemm)
+    if plan is not None:
+        return timed or configs.fused_pays(plan, *facts)
+    apart = configs.choose(arch, *facts, **options)
+    return timed and apart is not None and isinstance(apart.config, configs.Exact)
 
 
 def _rows(size: int | torch.SymInt, tenant: Any) -> Rows:

@@ -24,6 +24,7 @@ from .triton_templates import (
     autotuned,
     binary_operands,
     delta_launch,
+    exact_launch,
     index_nodes,
     low_rank_nodes,
     plan_of,
@@ -38,28 +39,30 @@ def base_delta_linear(problem: Problem, weight: Any, layout_name: str, exact: bo
     Args:
         weight: [N, K], contiguous and realized.
     """
+    apart = plan_of(problem, layout_name, exact)
+    if apart is None:
+        return None
     rows = problem.rows
     plan = configs.choose_fused(
         configs.architecture(problem.x.get_device()), rows.likely, problem.slots, problem.outputs, problem.features,
         problem.x.get_dtype(), column=problem.col_scale is not None, exact=exact, layout=layout_name,
         unbounded=rows.unbounded,
     )  # fmt: skip
-    if plan is None:
+    if plan is not None:
+        launch = _fused(problem, weight, plan)
+    elif autotuned() and isinstance(apart.config, configs.Exact):
+        plan, launch = apart, exact_launch(problem, apart, weight)
+    else:
         return None
-    launch, arrived = _fused(problem, weight, plan)
-    if not autotuned():
-        return selected("bitdelta_base_delta", launch.choices(problem, (plan.config,)), launch.nodes, problem)
-    choices = launch.choices(problem, plan.entries)
-    apart = plan_of(problem, layout_name, exact)
-    assert apart is not None
-    delta = delta_launch(problem, apart)
-    choices += [BaseThenDelta(problem, weight, each, launch.nodes) for each in delta.choices(problem, apart.entries)]
-    generators = {[node is arrived for node in launch.nodes].index(True): _zeros}
-    return selected("bitdelta_base_delta", choices, launch.nodes, problem, generators)
+    choices = launch.choices(problem, plan.entries if autotuned() else (plan.config,))
+    if autotuned():
+        delta = delta_launch(problem, apart).choices(problem, apart.entries)
+        choices += [BaseThenDelta(problem, weight, each, launch.nodes) for each in delta]
+    return selected("bitdelta_base_delta", choices, launch.nodes, problem, launch.values)
 
 
-def _fused(problem: Problem, weight: Any, plan: configs.Plan) -> tuple[Launch, Any]:
-    """The fused kernel, and which of its inputs counts arrivals."""
+def _fused(problem: Problem, weight: Any, plan: configs.Plan) -> Launch:
+    """The fused kernel."""
     rows, size = problem.rows, problem.x.get_size()[0]
     entries = [entry for entry in plan.entries if isinstance(entry, configs.Fused)]
     made, constants = binary_operands(problem, plan)
@@ -75,7 +78,8 @@ def _fused(problem: Problem, weight: Any, plan: configs.Plan) -> tuple[Launch, A
     arrived = arrivals_of(problem, tiles, tiles_of_rows)
     nodes = [problem.x, weight, problem.signs, problem.row_scale, *made, partial, arrived]
     nodes += [*index_nodes(problem), *low_rank_nodes(problem)]
-    return Launch("base_delta", nodes, constants, lambda entry: entry.SPLIT * tiles_of_rows + size), arrived
+    values = {[node is arrived for node in nodes].index(True): _zeros}
+    return Launch("base_delta", nodes, constants, lambda entry: entry.SPLIT * tiles_of_rows + size, values)
 
 
 class BaseThenDelta(ExternKernelCaller):

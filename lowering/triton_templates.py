@@ -29,7 +29,7 @@ from .triton_operands import Problem, bits_of, inner_of, items_of, power_of_2, s
 
 _TEMPLATES = {
     "binary_delta": ("slot_of_row", "led_rows", "binary_delta"),
-    "exact_delta": ("slot_of_row", "led_rows", "rows_of_segment", "exact_delta"),
+    "exact_delta": ("slot_of_row", "led_rows", "rows_of_segment", "exact_delta", "with_base"),
     "base_delta": ("base_delta_part", "base_delta_total"),
 }
 
@@ -63,12 +63,14 @@ class Launch:
     Attributes:
         name: of the template.  nodes: its inputs, in order.  constants: of the template.
         programs: for an entry, what the grid takes as its number of programs.
+        values: place among `nodes` -> what makes its values for autotuning, where any will not do.
     """
 
     name: str
     nodes: list[Any]
     constants: dict[str, Any]
     programs: Callable[[Any], Any]
+    values: dict[int, Callable[[Any], torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     def choices(self, problem: Problem, entries: tuple[Any, ...]) -> list[Any]:
         """A caller for every entry of the tuning table."""
@@ -96,7 +98,7 @@ def delta_linear(problem: Problem, layout_name: str, exact: bool = False) -> Any
         return None
     launch = delta_launch(problem, plan)
     entries = plan.entries if autotuned() else (plan.config,)
-    return selected(f"bitdelta_{launch.name}", launch.choices(problem, entries), launch.nodes, problem)
+    return selected(f"bitdelta_{launch.name}", launch.choices(problem, entries), launch.nodes, problem, launch.values)
 
 
 def plan_of(problem: Problem, layout_name: str, exact: bool) -> configs.Plan | None:
@@ -114,15 +116,13 @@ def autotuned() -> bool:
     return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
 
 
-def selected(
-    name: str, choices: list[Any], nodes: list[Any], problem: Problem, generators: dict[int, Any] | None = None
-) -> Any:
+def selected(name: str, choices: list[Any], nodes: list[Any], problem: Problem, values: dict[int, Any]) -> Any:
     """The only choice, or the one that autotuning finds fastest, as a buffer [M, N].
 
     Args:
-        generators: place among `nodes` -> what makes its values for autotuning; the row index is known.
+        values: as in `Launch`; the row index is known.
     """
-    generators = dict(generators or {})
+    generators = dict(values)
     if problem.tenant in nodes:
         generators[nodes.index(problem.tenant)] = functools.partial(_spread_index, slots=problem.slots)
     chosen: Any = autotune_select_algorithm(
@@ -138,7 +138,7 @@ def result_layout(problem: Problem) -> Any:
 
 def delta_launch(problem: Problem, plan: configs.Plan) -> Launch:
     """The kernel of a plan from `configs.choose`."""
-    return _binary(problem, plan) if isinstance(plan.config, configs.Binary) else _exact(problem, plan)
+    return _binary(problem, plan) if isinstance(plan.config, configs.Binary) else exact_launch(problem, plan)
 
 
 def binary_operands(problem: Problem, plan: configs.Plan) -> tuple[list[Any], dict[str, Any]]:
@@ -168,21 +168,31 @@ def _binary(problem: Problem, plan: configs.Plan) -> Launch:
     return Launch("binary_delta", nodes, constants, lambda entry: problem.x.get_size()[0])
 
 
-def _exact(problem: Problem, plan: configs.Plan) -> Launch:
+def exact_launch(problem: Problem, plan: configs.Plan, weight: Any = None) -> Launch:
+    """The exact kernel of a plan; with a weight [N, K], x @ weight.T too."""
     words, halves = words_of(problem, plan.splits)
     constants = {
         **_shared_constants(problem),
         "SPLITS": plan.splits,
         "FORM": f'"{plan.form}"',
         "SORTED": plan.sorted,
+        "BASE": weight is not None,
+        "K": problem.features,
         "MP": 1 if plan.sorted else power_of_2(problem.rows.most or 1),
         "SP": power_of_2(problem.slots + 2),
     }
     rows = problem.x.get_size()[0]
     items = items_of(problem)
     nodes = [problem.signs, problem.row_scale, words, halves]
-    nodes += segments_of(problem, items) if plan.sorted else index_nodes(problem)
+    values: dict[int, Any] = {}
+    if plan.sorted:
+        values = {len(nodes): _in_order, len(nodes) + 1: functools.partial(_even_starts, items=items)}
+        nodes += segments_of(problem, items)
+    else:
+        nodes += index_nodes(problem)
     nodes += low_rank_nodes(problem)
+    if weight is not None:
+        nodes += [problem.x, weight]
 
     def programs(entry: Any) -> Any:
         if not plan.sorted:
@@ -190,7 +200,21 @@ def _exact(problem: Problem, plan: configs.Plan) -> Launch:
         most = problem.slots + 1
         return CeilDiv(rows, entry.BM) + (min(most, int(items)) if is_static(items) else most)
 
-    return Launch("exact_delta", nodes, constants, programs)
+    return Launch("exact_delta", nodes, constants, programs, values)
+
+
+def _in_order(node: Any) -> torch.Tensor:
+    """An order of items for autotuning: their own."""
+    size = V.graph.sizevars.optimization_hints(node.get_size(), fallback=1)[0]
+    return torch.arange(size, device=node.get_device(), dtype=torch.int32)
+
+
+def _even_starts(node: Any, *, items: Any) -> torch.Tensor:
+    """Starts of segments for autotuning: every slot has as many items, the base none."""
+    (many,) = V.graph.sizevars.optimization_hints([items], fallback=1)
+    slots = int(node.get_size()[0]) - 2
+    bounds = torch.arange(slots + 2, device=node.get_device()).clamp(max=slots) * many // slots
+    return bounds.to(torch.int32)
 
 
 def _spread_index(node: Any, *, slots: int) -> torch.Tensor:

@@ -115,8 +115,9 @@ def test_one_launch_under_a_cuda_graph():
                 assert relative_error(found, layer.expected(x, tenant)) < 8e-3
 
 
+@pytest.mark.parametrize("rows", [8, 512])
 @pytest.mark.parametrize("mode", ["max-autotune", "max-autotune-no-cudagraphs"])
-def test_autotuned(mode):
+def test_autotuned(mode, rows):
     timed = {}
 
     def keep(timings, name, *rest):
@@ -127,7 +128,7 @@ def test_autotuned(mode):
     run = compiled(
         layer, fx_graph_cache=False, autotune_local_cache=False, **torch_internals.inductor_mode_options(mode)
     )
-    x, tenant = torch.randn(8, 1024, device="cuda").bfloat16(), torch.arange(8).int().cuda()
+    x, tenant = torch.randn(rows, 1024, device="cuda").bfloat16(), torch.arange(8).int().cuda()
     with torch.no_grad():
         for _ in range(3):
             assert relative_error(run(x, tenant), layer.expected(x, tenant)) < 8e-3

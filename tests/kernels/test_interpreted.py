@@ -23,8 +23,7 @@ def test_in_the_interpreter(name, run_alone):
     run_alone(FOLDER / name, TRITON_INTERPRET="1")
 
 
-# sm_80 and sm_90 multiply matrices with different instructions. sm_100 and sm_120 have the exact path only, and of
-# sm_100 the machine does not know the instructions of large tiles.
+# sm_80 and sm_90 multiply matrices with different instructions. sm_100 and sm_120 have the exact path only.
 @pytest.mark.parametrize(
     ("name", "target", "chosen"),
     [
@@ -32,7 +31,7 @@ def test_in_the_interpreter(name, run_alone):
         ("columns", 90, "not problem3 and not problem4"),  # 3 and 4 planes: much to compile
         ("delta_linear", 80, "odd_shapes or many_steps"),
         ("delta_linear", 90, ""),
-        ("delta_linear", 100, "exact and odd_shapes"),
+        ("delta_linear", 100, "odd_shapes and (exact or prefill)"),
         ("delta_linear", 120, "odd_shapes and (exact or prefill)"),
     ],
 )

@@ -25,7 +25,7 @@ HOT_LOOP = {  # thread-instructions per weight on sm_90
     "prefill 3 parts": 1.0,
     "prefill ragged": 1.2,  # of several planes
     "prefill ragged one plane": 1.0,
-    "prefill with base": 1.0,
+    "prefill with base": 1.25,  # two loops, between which the registers are shared
 }
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KiB that a program can have
 
@@ -39,10 +39,14 @@ def test_every_entry_compiles_and_keeps_its_limits(entry, target):
     kind = re.sub(r" [A-Z]+\d+", "", entry.name)  # without the entry of the table
     if target == 90 and kind in HOT_LOOP:
         assert record["per_weight"] <= HOT_LOOP[kind]
+    if target == "gfx942" and entry.kernel == "exact_kernel":
+        assert "v_mfma" in compiled.asm["amdgcn"]
+    if target == 90 and entry.config in ledger.configs.PREFILL_SM90:
+        assert record["loop"]["HGMMA"] == 32  # two tiles of outputs, 16 features at a time
     if entry.module == "columns" and isinstance(target, int):  # a lane keeps to itself
         assert record["shared"] == 0
         assert "shfl" not in compiled.asm["ptx"]
-    if target in (80, 89, 90) and entry.config is not None:
+    if isinstance(target, int) and entry.config is not None:
         fragments_are_loaded_as_they_are_multiplied(entry, compiled, record)
 
 

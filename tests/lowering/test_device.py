@@ -105,6 +105,28 @@ def test_static_facts_choose_the_kernel(arch, rows, slots, change, expected):
     assert (fused is not None) == is_binary
 
 
+@pytest.mark.parametrize(
+    ("arch", "decode", "prefill"),
+    [
+        (80, configs.EXACT_DECODE, configs.PREFILL),
+        (89, configs.EXACT_DECODE, configs.PREFILL),
+        (90, configs.EXACT_DECODE, configs.PREFILL_SM90),
+        (100, configs.EXACT_DECODE, configs.PREFILL_SM100),
+        (120, configs.EXACT_DECODE_SM120, configs.PREFILL_SMALL),
+        ("gfx942", configs.EXACT_DECODE_AMD, configs.PREFILL_SMALL),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_autotuning_is_offered_what_an_architecture_can_hold(arch, decode, prefill, dtype):
+    for rows, slots, table in ((16, 16, decode), (64, 1, prefill), (4096, 4, prefill), (4096, 400, prefill)):
+        plan = configs.choose(arch, rows, slots, **(FACTS | {"dtype": dtype}), exact=True)
+        assert plan.entries[0] == plan.config
+        assert set(plan.entries) == {entry.of_parts(plan.splits) for entry in table}
+    if arch in (80, 89, 90):
+        for choose, table in ((configs.choose, configs.BINARY_DECODE), (configs.choose_fused, configs.FUSED_DECODE)):
+            assert set(choose(arch, 16, 16, **FACTS).entries) == set(table)
+
+
 ONE_EACH = configs.Unbounded(indexed=True, each=1)
 PROMPTS = configs.Unbounded(indexed=True, each=None)
 NO_INDEX = configs.Unbounded(indexed=False, each=None)

@@ -154,6 +154,7 @@ def test_rows_of_no_size_are_zero(bank, packed):
         (exact(SMALL, 2), torch.float16, None, 1e-6),
         (exact(SMALL, 3), torch.float32, None, 1e-5),
         (exact(SMALL, 1), torch.bfloat16, 300.0, 1e-6),
+        (exact(PREFILL, 1, is_sorted=True), torch.bfloat16, None, 1e-6),
     ],
     ids=str,
 )

@@ -36,6 +36,7 @@ class Binary:
     one_size, most = False, None
     options: ClassVar[dict[str, object]] = {}
     fastest: str | None = None
+    exact = False
     calls = ((torch.randn(6, 384).bfloat16(), torch.randn(6, 20).bfloat16(), index(2, -1, 0, 2, 7, 2)),)
 
     def run(self, delta, x, residual, tenant, bias):
@@ -52,16 +53,16 @@ class Binary:
 class Exact(Binary):
     """The same in fp32, by the exact path; three rows of each entry."""
 
-    dtype, tolerance = torch.float32, 2e-6
+    dtype, tolerance, exact = torch.float32, 2e-6, True
     calls = ((torch.randn(6, 384), torch.randn(6, 20), index(2, -1, 2)),)
 
 
 class Prompts(Binary):
     """Many rows: sorted by slot on the device."""
 
-    canonical, signs = bank(2, 1, 24, 100)
+    canonical, signs = bank(2, 1, 24, 700)
     bias = torch.randn(24)
-    calls = ((torch.randn(72, 100).bfloat16(), torch.randn(72, 24).bfloat16(), index(1, 0, -1, 1)),)
+    calls = ((torch.randn(72, 700).bfloat16(), torch.randn(72, 24).bfloat16(), index(1, 0, -1, 1)),)
 
 
 class AnyRows(Binary):
@@ -167,6 +168,15 @@ class Tuned(Apart):
     fastest = "G=4"
 
 
+class TunedPrompts(Tuned):
+    """Many rows where autotuning finds that the exact kernel should multiply the base too."""
+
+    canonical, signs = bank(2, 1, 24, 700)
+    weight, bias = torch.randn(24, 700).bfloat16(), torch.randn(24).bfloat16()
+    calls = ((torch.randn(72, 700).bfloat16(), torch.randn(72, 24).bfloat16(), index(1, 0, -1, 1)),)
+    fastest = "BASE=True"
+
+
 PROBLEMS = {
     "binary": Binary(),
     "exact": Exact(),
@@ -180,6 +190,7 @@ PROBLEMS = {
     "fused any batch": FusedAnyBatch(),
     "apart": Apart(),
     "tuned": Tuned(),
+    "tuned prompts": TunedPrompts(),
 }
 
 
@@ -204,7 +215,7 @@ def generate(problem, *, interpreted=False, how=without_gpu.generated):
         own = [None if tensor is None else next(left) for tensor in stacked]
 
         def delta(x, tenant):
-            return ops.delta_linear(x, *own, tenant, layout=FRAGMENTS)
+            return ops.delta_linear(x, *own, tenant, layout=FRAGMENTS, exact=problem.exact)
 
         return problem.run(delta, *args[len(given) :])
 
