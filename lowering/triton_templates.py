@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Launch:
     nodes: list[Any]
     constants: dict[str, Any]
     programs: Callable[[Any], Any]
-    values: dict[int, Callable[[Any], torch.Tensor]] = dataclasses.field(default_factory=dict)
+    values: Mapping[int, Callable[[Any], torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     def choices(self, problem: Problem, entries: tuple[Any, ...]) -> list[Any]:
         """A caller for every entry of the tuning table."""
@@ -116,7 +116,7 @@ def autotuned() -> bool:
     return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
 
 
-def selected(name: str, choices: list[Any], nodes: list[Any], problem: Problem, values: dict[int, Any]) -> Any:
+def selected(name: str, choices: list[Any], nodes: list[Any], problem: Problem, values: Mapping[int, Any]) -> Any:
     """The only choice, or the one that autotuning finds fastest, as a buffer [M, N].
 
     Args:
