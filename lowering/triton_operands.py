@@ -148,15 +148,20 @@ def words_of(problem: Problem, splits: int) -> list[Any]:
 def inner_of(problem: Problem) -> Any:
     """`operands.inner` for the graph."""
     rows, rank, features = problem.x.get_size()[0], problem.rank, problem.features
-    inner = fresh(problem, [rows, rank], torch.float32)
-    _launch(
-        operands.inner_kernel, [rows, 1, 1],
-        {
-            **problem.index, "x_ptr": problem.x, "right_ptr": problem.right, "inner_ptr": inner, "x_stride": features,
-            "K": features, "RANK": rank, "RP": power_of_2(rank), "BK": min(512, power_of_2(features)),
-        },
-    )  # fmt: skip
-    return inner
+
+    def make() -> list[Any]:
+        inner = fresh(problem, [rows, rank], torch.float32)
+        _launch(
+            operands.inner_kernel, [rows, 1, 1],
+            {
+                **problem.index, "x_ptr": problem.x, "right_ptr": problem.right, "inner_ptr": inner,
+                "x_stride": features, "K": features, "RANK": rank, "RP": power_of_2(rank),
+                "BK": min(512, power_of_2(features)),
+            },
+        )  # fmt: skip
+        return [inner]
+
+    return _once(("inner", _name(problem.x), _name(problem.right), _name(problem.tenant)), make)[0]
 
 
 def _of_x(problem: Problem) -> dict[str, Any]:

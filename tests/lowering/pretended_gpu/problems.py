@@ -163,15 +163,16 @@ class Apart(Fused):
 
 
 class Tuned(Apart):
-    """The same where autotuning finds that the fused kernel does, with another entry than the first."""
+    """The same, with a low-rank part, where autotuning finds that the fused kernel does, with another entry."""
 
+    canonical, signs = bank(3, 1, 70, 700, rank=2)
     fastest = "G=4"
 
 
 class TunedPrompts(Tuned):
     """Many rows where autotuning finds that the exact kernel should multiply the base too."""
 
-    canonical, signs = bank(2, 1, 24, 700)
+    canonical, signs = bank(2, 1, 24, 700, rank=2)
     weight, bias = torch.randn(24, 700).bfloat16(), torch.randn(24).bfloat16()
     calls = ((torch.randn(72, 700).bfloat16(), torch.randn(72, 24).bfloat16(), index(1, 0, -1, 1)),)
     fastest = "BASE=True"
