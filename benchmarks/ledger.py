@@ -87,8 +87,8 @@ def entries() -> Iterator[Entry]:
         for form, constants, splits, base, wanted in (
             ("", even, 1, False, EXACT_TARGETS),
             (" 3 parts", even, 3, False, (90, 100, 120)),
-            (" ragged", odd, 1, False, EXACT_TARGETS),
-            (" ragged one plane", one_plane, 1, False, (90, 100)),
+            (" ragged", odd, 1, False, (80, 90, 100, 120, "gfx942")),
+            (" ragged one plane", one_plane, 1, False, (90,)),
             (" with base", even, 1, True, (90,)),
         ):
             constants = {**_sizes(exact.of_parts(splits)), **constants, **indexed, "SPLITS": splits, "BASE": base}

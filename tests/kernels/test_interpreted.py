@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 FOLDER = Path(__file__).parent / "interpreted"
+FEW = "(odd_shapes and (5-3-2-33-300 or 3-2-1-17-1030))"  # two planes and all parts of a delta; several steps
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("test_*.py")))
@@ -29,10 +30,11 @@ def test_in_the_interpreter(name, run_alone):
     [
         ("pieces", 90, ""),
         ("columns", 90, "not problem3 and not problem4"),  # 3 and 4 planes: much to compile
-        ("delta_linear", 80, "odd_shapes or many_steps"),
-        ("delta_linear", 90, ""),
-        ("delta_linear", 100, "odd_shapes and (exact or prefill)"),
-        ("delta_linear", 120, "odd_shapes and (exact or prefill)"),
+        ("delta_linear", 80, f"{FEW} or many_steps"),
+        ("delta_linear", 90, "not odd_shapes and not dtypes"),
+        ("delta_linear", 90, FEW),
+        ("delta_linear", 100, f"{FEW} and (exact or prefill)"),
+        ("delta_linear", 120, f"{FEW} and (exact or prefill)"),
     ],
 )
 def test_as_ptx(name, target, chosen, run_alone):
